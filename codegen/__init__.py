@@ -1,0 +1,1 @@
+"""Planned program in, source text and plan out; runs nothing."""

@@ -1,0 +1,1 @@
+"""The C++ side: kernels, their compilation, weight layouts."""

@@ -1,0 +1,1 @@
+"""The program: graphs of one denoising iteration, their contract, and how they print."""

@@ -1,0 +1,1 @@
+"""Decoding policies as plain traced torch functions, one a file."""

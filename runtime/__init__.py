@@ -1,0 +1,1 @@
+"""Loads and runs an artifact; needs no compiler and no model code."""
