@@ -1,1 +1,50 @@
 """Decoding policies as plain traced torch functions, one a file."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from pathlib import Path
+
+from dcompile.errors import OptionError
+from dcompile.policies.base import Choice, Policy
+
+__all__ = ["Choice", "Policy", "find_policy", "policy_names"]
+
+
+def policy_names() -> tuple[str, ...]:
+    """Every module of this package but `base` is a policy."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"))
+
+
+def find_policy(name: str) -> Policy:
+    """A policy by name, or a user's own as `path/to/file.py:name`; raises OptionError."""
+    path, _, attribute = name.partition(":")
+    if attribute:
+        return _from_file(Path(path), attribute)
+    if name not in policy_names():
+        raise OptionError(
+            f"there is no policy named {name!r}",
+            remedy=f"one of {', '.join(policy_names())}, or your own as file.py:name",
+        )
+    policy = importlib.import_module(f"{__name__}.{name}").POLICY
+    assert isinstance(policy, Policy)
+    return policy
+
+
+def _from_file(path: Path, attribute: str) -> Policy:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise OptionError(f"the policy's file {path} cannot be read", remedy="check the path")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = vars(module).get(attribute)
+    if isinstance(found, Policy):
+        return found
+    if callable(found):
+        return Policy(attribute, found)
+    raise OptionError(
+        f"{path} has no policy named {attribute!r}",
+        remedy="define a function (choice, parameters) -> bool [B, n], or a Policy",
+    )

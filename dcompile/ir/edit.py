@@ -1,0 +1,114 @@
+"""Small edits of a program's graph that keep values' metadata right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_map
+
+from dcompile.ir.meta import KEY, facts
+from dcompile.ir.program import Input, Kind, Program
+
+
+def value(node: Node) -> torch.Tensor:
+    """The fake tensor that stands for the node's value."""
+    val = node.meta["val"]
+    assert isinstance(val, torch.Tensor), f"{node.name} is not a tensor"
+    return val
+
+
+def propagate(node: Node) -> None:
+    """Compute the node's value from its arguments' values."""
+    args = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, node.args)
+    kwargs = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, node.kwargs)
+    mode = next((v for v in _fake_modes(args)), None)
+    assert callable(node.target)
+    if mode is None:
+        node.meta["val"] = node.target(*args, **kwargs)
+        return
+    with mode:
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _fake_modes(args: object) -> list[torch._subclasses.FakeTensorMode]:
+    flat = torch.utils._pytree.tree_leaves(args)
+    return [a.fake_mode for a in flat if isinstance(a, torch._subclasses.FakeTensor)]
+
+
+def insert(
+    program: Program, at: Node, target: Callable[..., object], *args: object, like: Node | None = None
+) -> Node:
+    """A new call before `at`; its facts are those of `like` (by default of `at`)."""
+    with program.graph.inserting_before(at):
+        node = program.graph.call_function(target, args)  # type: ignore[arg-type]
+    propagate(node)
+    source = like if like is not None else at
+    if source.op != "output":
+        node.meta[KEY] = facts(source)
+    return node
+
+
+def replace(program: Program, old: Node, target: Callable[..., object], *args: object) -> Node:
+    """Put a call in the place of `old`, with its facts, and let its readers read the new one."""
+    node = insert(program, old, target, *args, like=old)
+    old.replace_all_uses_with(node)
+    program.graph.erase_node(old)
+    return node
+
+
+def bypass(program: Program, node: Node, source: Node) -> None:
+    """Let the readers of `node` read `source`, and drop `node`."""
+    node.replace_all_uses_with(source)
+    program.graph.erase_node(node)
+
+
+def add_input(program: Program, name: str, kind: Kind, val: torch.Tensor) -> Node:
+    """A new placeholder after those of its kind (or first)."""
+    same = [i for i, item in enumerate(program.inputs) if item.kind == kind]
+    index = same[-1] + 1 if same else 0
+    holders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    if index < len(holders):
+        context = program.graph.inserting_before(holders[index])
+    else:
+        context = program.graph.inserting_after(holders[-1])
+    with context:
+        node = program.graph.placeholder(name)
+    # FX may have changed a name that is taken.
+    assert node.name == name, f"the input {name} exists already"
+    node.meta["val"] = val
+    program.inputs.insert(index, Input(name, kind))
+    return node
+
+
+def drop_unused_inputs(program: Program) -> None:
+    """Remove weights and constants that nothing reads any more."""
+    for node in [n for n in program.graph.nodes if n.op == "placeholder"]:
+        item = program.input(node.name)
+        if node.users or item.kind not in ("weight", "constant"):
+            continue
+        program.graph.erase_node(node)
+        program.inputs.remove(item)
+        program.recipes.pop(node.name, None)
+        program.constants.pop(node.name, None)
+
+
+def fake_mode(program: Program) -> torch._subclasses.FakeTensorMode:
+    for node in program.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch._subclasses.FakeTensor):
+            return val.fake_mode
+    raise AssertionError("a program has tensors")
+
+
+def add_constant(program: Program, name: str, tensor: torch.Tensor) -> Node:
+    """A tensor that the compiler computed, as an input of the graph."""
+    taken = {i.name for i in program.inputs}
+    unique, count = name, 1
+    while unique in taken:
+        unique, count = f"{name}_{count}", count + 1
+    with fake_mode(program):
+        val = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    program.constants[unique] = tensor
+    return add_input(program, unique, "constant", val)

@@ -1,0 +1,71 @@
+"""What a user decides when compiling; recorded in the artifact."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+
+from dcompile.errors import OptionError
+
+CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "block")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compile-time choices; None means what the model's family or the machine suggests."""
+
+    target: str = "auto"  # auto, cpu
+    dtype: str = "auto"  # auto (as stored), float32, bfloat16, float16
+    max_length: int | None = None  # positions a sequence: prompt and generated tokens
+    batch: int = 1  # sequences in flight
+    block_length: int | None = None  # positions decoded together
+    policy: str | None = None  # which candidates commit: a name, or file.py:name
+    cache: str | None = None  # which rows are recomputed
+    look_back: int = 16  # vicinity: rows before the block
+    look_ahead: int = 16  # vicinity: rows after it
+    warmup: int = 4  # vicinity: first iterations over all rows
+    refresh_every: int = 8  # periodic: iterations between refreshes
+    smoothing: float | None = None  # weight of iteration smoothing; not built yet
+    mask_id: int | None = None  # where the checkpoint does not say it
+    eos_ids: tuple[int, ...] | None = None
+    check: bool = False  # run the program before and after each pass, and compare
+    stop_after: str | None = None  # end the pipeline after this pass
+    skip: tuple[str, ...] = ()  # leave these passes out
+    threads: int | None = None  # of the machine that will run it
+
+    def validate(self) -> None:
+        """Raise OptionError where a value makes no sense."""
+        for name in ("max_length", "batch", "block_length", "threads"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise OptionError(f"{name} must be at least 1, not {number}")
+        for name in ("look_back", "look_ahead", "warmup"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name} must not be negative, it is {getattr(self, name)}")
+        if self.refresh_every < 1:
+            raise OptionError(f"refresh_every must be at least 1, not {self.refresh_every}")
+        if self.cache is not None and self.cache not in CACHES:
+            raise OptionError(
+                f"there is no cache policy named {self.cache!r}", remedy=f"one of {', '.join(CACHES)}"
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise OptionError(
+                f"dtype {self.dtype!r} is not supported",
+                remedy="auto, float32, bfloat16 or float16",
+            )
+        if self.target not in ("auto", "cpu"):
+            raise OptionError(
+                f"target {self.target!r} is not supported", remedy="--target cpu or auto"
+            )
+        if self.smoothing is not None:
+            raise OptionError("iteration smoothing is not built yet", remedy="leave --smoothing out")
+
+    def record(self) -> dict[str, object]:
+        """As data for the manifest, without what only steers the compiler."""
+        steering = {"check", "stop_after", "skip"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in steering}
+
+
+def environment() -> tuple[str | None, str | None]:
+    """The two variables we read: DCOMPILE_STOP_AFTER and DCOMPILE_LOG."""
+    return os.environ.get("DCOMPILE_STOP_AFTER"), os.environ.get("DCOMPILE_LOG")

@@ -1,0 +1,22 @@
+"""dynamic: all above the threshold, or the even schedule's share where fewer are (SDAR, LLaDA2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dcompile.policies.base import Choice, Policy, rank
+from dcompile.policies.steps import quota
+
+
+def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Tensor:
+    """confidence > threshold if at least k are, else the k best; k from the even schedule."""
+    sure = choice.confidence > parameters["threshold"][:, None]
+    share = quota(choice, parameters["steps"])
+    enough = sure.sum(-1) >= share
+    best = rank(choice.confidence) < share[:, None]
+    return (sure & enough[:, None]) | (best & ~enough[:, None])
+
+
+POLICY = Policy("dynamic", commit, {"threshold": 0.95, "steps": 32.0})

@@ -1,0 +1,274 @@
+"""Trace one denoising iteration: forward, choice of tokens, write-back and done flag as one graph."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from dcompile.errors import DataDependentShape, DcompileError, UnsupportedModel
+from dcompile.ir import ops
+from dcompile.ir.meta import KEY, Facts
+from dcompile.ir.program import Input, Output, Program, StepShape
+from dcompile.ir.weights import Recipe
+from dcompile.policies import Choice, Policy
+from dcompile.repeat import Run, repeat_layers
+
+# Example sizes: different from each other and from common model sizes, so that no two get confused.
+EXAMPLE_ROWS, EXAMPLE_BATCH = 43, 3
+
+
+class Step(nn.Module):
+    """One iteration, around a model `ids [1, T] -> logits [1, T, V]`; docs/design.md names the inputs."""
+
+    def __init__(self, model: nn.Module, mask_id: int, policy: Policy) -> None:
+        super().__init__()
+        self.model = model
+        self.mask_id = mask_id
+        self.policy = policy
+
+    def forward(
+        self,
+        canvas: Tensor,
+        row_seq: Tensor,
+        row_pos: Tensor,
+        block_seq: Tensor,
+        block_pos: Tensor,
+        choice_row: Tensor,
+        iteration: Tensor,
+        entered: Tensor,
+        temperature: Tensor,
+        seed: Tensor,
+        tick: Tensor,
+        parameters: dict[str, Tensor],
+    ) -> tuple[Tensor, ...]:
+        ids = canvas[row_seq, row_pos]
+        logits = _logits(self.model(ids[None]))[0]
+        place = (block_seq[:, None], block_pos)
+        current = canvas[place]
+        candidate = current == self.mask_id
+        token, confidence, margin, entropy = ops.choose(
+            logits[choice_row], candidate, temperature, seed, tick, block_pos, self.mask_id
+        )
+        choice = Choice(token, confidence, margin, entropy, candidate, iteration, entered)
+        wanted = self.policy.commit(choice, parameters) & candidate
+        # Progress: a row that would commit nothing commits its most confident candidate.
+        best = confidence.amax(-1)
+        first = candidate & (confidence >= best[:, None])
+        commit = torch.where(wanted.any(-1)[:, None], wanted, first)
+        updated = torch.where(commit, token, current)
+        done = (updated != self.mask_id).all(-1)
+        return canvas.index_put(place, updated), done, commit, token, confidence
+
+
+def _logits(out: object) -> Tensor:
+    """A model may return the logits, a tuple that begins with them, or an object with `.logits`."""
+    if isinstance(out, Tensor):
+        return out
+    if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
+        return out[0]
+    logits = vars(out).get("logits") if hasattr(out, "__dict__") else None
+    if logits is None and isinstance(out, Mapping):
+        logits = out.get("logits")
+    if isinstance(logits, Tensor):
+        return logits
+    raise UnsupportedModel(
+        f"the model returns a {type(out).__name__}, not logits",
+        remedy="return a tensor [B, T, V], or an object with .logits",
+    )
+
+
+OUTPUTS = (
+    Output("canvas", state="canvas"),
+    Output("done"),
+    Output("commit"),
+    Output("token"),
+    Output("confidence"),
+)
+
+
+@contextlib.contextmanager
+def fake_weights() -> Iterator[None]:
+    """Modules built inside have shapes and dtypes, but no storage."""
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        yield
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What tracing needs to know beside the module."""
+
+    shape: StepShape
+    policy: Policy
+    recipes: Mapping[str, Recipe]  # by parameter name of the *full* model
+    runs: Sequence[Run] = ()  # which traced layer stands for which layers of the model
+
+
+def trace(model: nn.Module, wanted: Traced) -> Program:
+    """Export one iteration of `model` as a TRACED program.
+
+    The model sees one sequence of symbolic length R.  Raises UnsupportedModel (or a class of it)
+    where export fails, with export's own reason in one line.
+    """
+    step = Step(model, wanted.shape.mask_id, wanted.policy).eval()
+    arguments = _example(wanted)
+    dynamic = _dynamic(wanted)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(step, arguments, dynamic_shapes=dynamic, strict=False)
+            exported = exported.run_decompositions({})
+    except DcompileError:
+        raise
+    except Exception as failure:
+        raise _explain(failure) from failure
+    program = _program(exported, wanted)
+    if wanted.runs:
+        repeat_layers(program, wanted.runs)
+    return program
+
+
+def _example(wanted: Traced) -> tuple[object, ...]:
+    shape, rows, batch = wanted.shape, EXAMPLE_ROWS, EXAMPLE_BATCH
+
+    def whole(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int64)
+
+    return (
+        whole(shape.slots, shape.positions),
+        whole(rows),
+        whole(rows),
+        whole(batch),
+        whole(batch, shape.block_length),
+        whole(batch, shape.block_length),
+        whole(batch),
+        whole(batch),
+        torch.zeros(batch),
+        whole(batch),
+        whole(batch),
+        {name: torch.zeros(batch) for name in wanted.policy.parameters},
+    )
+
+
+def _dynamic(wanted: Traced) -> tuple[object, ...]:
+    rows, batch = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
+    parameters = {name: batch for name in wanted.policy.parameters}
+    return (None, rows, rows, *([batch] * 8), parameters)
+
+
+def _explain(failure: Exception) -> DcompileError:
+    text = str(failure)
+    first = next((line for line in text.splitlines() if line.strip()), type(failure).__name__)
+    kind = type(failure).__name__
+    if "DataDependent" in kind or "data-dependent" in text.lower() or "unbacked" in text.lower():
+        place = re.search(r'File "([^"]+)", line (\d+)', text)
+        return DataDependentShape(
+            f"the model's graph depends on its data: {first}",
+            where=f"{place[1]}:{place[2]}" if place else None,
+            remedy="select with masks (torch.where) instead of data-dependent shapes or branches",
+        )
+    if "specialized" in text.lower() or "Constraints violated" in text:
+        return UnsupportedModel(
+            f"the model fixes its sequence length: {first}",
+            remedy="take the length from ids.shape[1] everywhere",
+        )
+    return UnsupportedModel(
+        f"the model cannot be exported: {kind}: {first}",
+        remedy="make torch.export.export(model, (ids,), strict=False) work on it first",
+    )
+
+
+PARAMETER = "model."
+
+
+def _program(exported: ExportedProgram, wanted: Traced) -> Program:
+    """Our record of the exported graph: inputs by kind, outputs by name, facts on every node."""
+    signature = exported.graph_signature
+    module = torch.fx.GraphModule({}, exported.graph)
+    inputs: list[Input] = []
+    recipes: dict[str, Recipe] = {}
+    constants: dict[str, Tensor] = {}
+    holders = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
+    for spec in signature.input_specs:
+        node = holders[spec.arg.name]
+        target = spec.target or ""
+        if spec.kind is InputKind.PARAMETER or (
+            spec.kind is InputKind.BUFFER and target.removeprefix(PARAMETER) in wanted.recipes
+        ):
+            path = target.removeprefix(PARAMETER)
+            _rename(node, path.replace(".", "_"))
+            recipes[node.name] = _recipe(path, wanted)
+            inputs.append(Input(node.name, "weight"))
+        elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            _rename(node, "c_" + target.removeprefix(PARAMETER).replace(".", "_"))
+            constants[node.name] = _constant(exported, target)
+            inputs.append(Input(node.name, "constant"))
+        elif spec.kind is InputKind.USER_INPUT:
+            _rename(node, node.name.removeprefix("parameters_"))
+            inputs.append(Input(node.name, "state" if node.name == "canvas" else "step"))
+        else:
+            raise UnsupportedModel(f"the model has an input of kind {spec.kind.name.lower()}")
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        names = ", ".join([*signature.buffers_to_mutate.values()])
+        raise UnsupportedModel(
+            f"the model changes its own buffers while it runs: {names}",
+            remedy="compute them from the input, or fix them before compiling",
+        )
+    for node in module.graph.nodes:
+        node.meta = {"val": node.meta.get("val"), KEY: _facts(node)}
+    symbols = {
+        str(holders_dim(module, "row_seq")): "R",
+        str(holders_dim(module, "block_seq")): "B",
+    }
+    return Program(
+        module, inputs, list(OUTPUTS), wanted.shape, recipes, constants, symbols
+    )
+
+
+def holders_dim(module: torch.fx.GraphModule, name: str) -> object:
+    node = next(n for n in module.graph.nodes if n.op == "placeholder" and n.name == name)
+    return node.meta["val"].shape[0].node.expr
+
+
+def _rename(node: Node, name: str) -> None:
+    clean = re.sub(r"\W", "_", name)
+    if node.name != clean:
+        node._rename(clean)
+    node.target = node.name
+
+
+def _recipe(path: str, wanted: Traced) -> Recipe:
+    """The recipe of a traced parameter; a traced layer's index is its first in the full model."""
+    found = re.match(r"(.*\blayers)\.(\d+)\.(.*)", path)
+    if found and wanted.runs:
+        first = wanted.runs[int(found[2])].layers[0]
+        path = f"{found[1]}.{first}.{found[3]}"
+    return wanted.recipes[path]
+
+
+def _constant(exported: ExportedProgram, target: str) -> Tensor:
+    tensor = exported.constants.get(target)
+    if tensor is None:
+        tensor = exported.state_dict.get(target)
+    if not isinstance(tensor, Tensor) or isinstance(tensor, torch._subclasses.FakeTensor):
+        raise UnsupportedModel(f"the model's constant {target} has no value at trace time")
+    return tensor.detach()
+
+
+def _facts(node: Node) -> Facts:
+    """The innermost module that the node came from."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path]
+    origin = paths[-1].removeprefix("L['self'].").removeprefix("model.") if paths else ""
+    if origin == "model":
+        origin = ""
+    layer = re.search(r"\b(?:layers|layer|h|blocks)\.(\d+)\b", origin)
+    return Facts(origin=origin, layer=int(layer[1]) if layer else None)
