@@ -1,0 +1,200 @@
+// moe_ffn: y[R, D] = sum_j weights[r, j] * expert(experts[r, j], x[r])
+//          expert(e, x) = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd, hidden width F
+//
+// gate_up is packed [E, 2F, D], gate rows first; down is packed [E, D, F].  The (row, j) pairs,
+// slots, are sorted by expert, so that each expert that any row chose is read once; then three
+// phases, each shared out over all experts' panels: gate and up, activation, down.  The slots of a
+// row are added up in the order of j, whatever else runs.
+#pragma once
+
+#include "gemm.h"
+
+enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU };
+
+static INLINE vf activate(vf x, int64_t kind) {
+    if (kind == SILU) return silu(x);
+    if (kind == RELU) return x < vf{} ? vf{} : x;
+    if (kind == GELU_TANH) {
+        vf u = fma(x * x, x * 0.044715f, x) * 1.5957691216057308f;
+        return x / (vexp(-u) + 1.0f);
+    }
+    // x * Phi(x), with erfc as in Abramowitz and Stegun 7.1.26
+    vf a = (x < vf{} ? -x : x) * 0.70710678118654752f;
+    vf t = 1.0f / fma(a, splat(0.3275911f), splat(1.0f));
+    vf p = fma(t, splat(1.061405429f), splat(-1.453152027f));
+    p = fma(p, t, splat(1.421413741f));
+    p = fma(p, t, splat(-0.284496736f));
+    p = fma(p, t, splat(0.254829592f)) * t * vexp(-a * a);
+    return x * (x < vf{} ? p * 0.5f : 1.0f - p * 0.5f);
+}
+
+struct MoeShape {
+    int64_t D, F, E, k, activation;
+};
+
+// The slots of some rows by expert.  Tiles are numbered through all experts.
+struct Sorted {
+    int64_t slots, touched, tiles;
+    int64_t *expert, *first;         // of each touched expert; first[touched] = slots
+    int64_t *first_tile;             // of each touched expert; first_tile[touched] = tiles
+    int64_t *tile_slot, *tile_rows;  // of each tile
+    int64_t *row, *place;            // row of a slot; slot of a (row, j), -1 where there is none
+};
+
+static void sort_slots(Sorted &s, Carve &carve, const int32_t *experts, int64_t R, int64_t E,
+                       int64_t k) {
+    int64_t *count = carve.take<int64_t>(E + 1);
+    s.expert = carve.take<int64_t>(E), s.first = carve.take<int64_t>(E + 1);
+    s.first_tile = carve.take<int64_t>(E + 1);
+    s.tile_slot = carve.take<int64_t>(R * k), s.tile_rows = carve.take<int64_t>(R * k);
+    s.row = carve.take<int64_t>(R * k), s.place = carve.take<int64_t>(R * k);
+    if (!carve.base) return;
+
+    memset(count, 0, size_t(E + 1) * 8);
+    for (int64_t i = 0; i < R * k; i++)
+        if (experts[i] >= 0 && experts[i] < E) count[experts[i]]++;
+    s.slots = s.touched = s.tiles = 0;
+    for (int64_t e = 0; e < E; e++) {
+        const Tiling tiles(count[e]);
+        if (!count[e]) continue;
+        s.expert[s.touched] = e, s.first[s.touched] = s.slots;
+        s.first_tile[s.touched++] = s.tiles;
+        for (int64_t t = 0; t < tiles.count; t++) {
+            s.tile_slot[s.tiles] = s.slots + tiles.first(t);
+            s.tile_rows[s.tiles++] = tiles.size(t);
+        }
+        count[e] = s.slots, s.slots += tiles.rows;
+    }
+    s.first[s.touched] = s.slots, s.first_tile[s.touched] = s.tiles;
+    for (int64_t i = 0; i < R * k; i++) {
+        const bool known = experts[i] >= 0 && experts[i] < E;
+        s.place[i] = known ? count[experts[i]]++ : -1;
+        if (known) s.row[s.place[i]] = i / k;
+    }
+}
+
+// out[panel][slot][32] = A[slot] W[expert of the slot]^T for every touched expert and panel.
+template <class T>
+static INLINE void grouped(Team &team, int phase, const Sorted &s, const typename Operand<T>::A *a,
+                           const T *w, int64_t N, int64_t K, float *out) {
+    const int64_t panels = div_up(N, PANEL), size = panel_size<T>(K), items = s.touched * panels;
+    const int64_t chunk = team.size == 1 ? items : max_of(1, min_of(panels, items / (team.size * 6)));
+    team.loop(phase, items, chunk, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) {
+            const int64_t e = i / panels, p = i % panels;
+            const T *panel = w + (s.expert[e] * panels + p) * size;
+            const T *next = panel + size;
+            if (p + 1 == panels)
+                next = e + 1 < s.touched ? w + s.expert[e + 1] * panels * size : nullptr;
+            const int64_t slot = s.first[e];
+            gemm_panel<T>(Tiling(s.first[e + 1] - slot), 0, s.first_tile[e + 1] - s.first_tile[e],
+                          a + slot * row_size<T>(K), panel, next, K,
+                          out + (p * s.slots + slot) * PANEL);
+        }
+    });
+}
+
+template <class T>
+static void activate_tile(const Sorted &s, int64_t tile, const float *h, const T *bias,
+                          typename Operand<T>::A *act, const MoeShape &shape) {
+    const int64_t F = shape.F, slot = s.tile_slot[tile], m = s.tile_rows[tile];
+    typename Operand<T>::A *a = act + slot * row_size<T>(F);
+    for (int64_t f = 0; f < F; f += KC) {
+        const int64_t fc = min_of(KC, F - f);
+        for (int64_t i = 0; i < m; i++, a += Operand<T>::LDA) {
+            auto at = [&](int64_t column) {
+                return h + (column / PANEL * s.slots + slot + i) * PANEL + column % PANEL;
+            };
+            for (int64_t j = 0; j < fc; j += VL) {
+                const int64_t n = fc - j;
+                vf gate = load(at(f + j)), up;
+                if (F % VL == 0) {
+                    up = load(at(F + f + j));
+                } else {
+                    for (int64_t l = 0; l < VL; l++) up[l] = l < n ? *at(F + f + j + l) : 0.0f;
+                }
+                if (bias) gate += load_n(bias + f + j, n), up += load_n(bias + F + f + j, n);
+                store_n(a + j, rounded<T>(activate(gate, shape.activation) * up), n);
+            }
+            if (fc & 1) a[fc] = {};
+        }
+    }
+}
+
+template <class T>
+static INLINE void combine_row(const Sorted &s, int64_t r, const float *out, const float *weights,
+                               const int32_t *experts, const T *bias, T *y, const MoeShape &shape) {
+    for (int64_t d = 0; d < shape.D; d += VL) {
+        const int64_t n = shape.D - d;
+        vf sum = {};
+        for (int64_t j = 0; j < shape.k; j++) {
+            const int64_t slot = s.place[r * shape.k + j];
+            if (slot < 0) continue;
+            vf v = load(out + (d / PANEL * s.slots + slot) * PANEL + d % PANEL);
+            if (bias) v += load_n(bias + experts[r * shape.k + j] * shape.D + d, n);
+            sum = fma(v, splat(weights[r * shape.k + j]), sum);
+        }
+        store_n(y + r * shape.D + d, sum, n);
+    }
+}
+
+template <class T> struct MoeScratch {
+    Sorted sorted;
+    typename Operand<T>::A *x, *act;
+    float *out;  // gate and up, then down
+
+    MoeScratch(Carve &carve, const int32_t *experts, int64_t R, const MoeShape &s) {
+        const int64_t slots = R * s.k;
+        sort_slots(sorted, carve, experts, R, s.E, s.k);
+        x = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.D));
+        act = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.F));
+        out = carve.take<float>(slots * div_up(max_of(2 * s.F, s.D), PANEL) * PANEL);
+    }
+};
+
+template <class T>
+static void moe_rows(T *y, const T *x, const float *weights, const int32_t *experts,
+                     const T *gate_up, const T *down, const T *gate_up_bias, const T *down_bias,
+                     int64_t R, const MoeShape &shape) {
+    Carve measure{nullptr};
+    MoeScratch<T>(measure, experts, R, shape);
+    Carve carve{scratch(measure.used)};
+    MoeScratch<T> w(carve, experts, R, shape);
+    const Sorted &s = w.sorted;
+
+    region(threads_for(s.slots * shape.D * shape.F * 3), [&](Team &team) {
+        team.loop(0, s.tiles, 1, [&](int64_t tile, int64_t) {
+            const int64_t slot = s.tile_slot[tile];
+            pack_rows<T>(w.x + slot * row_size<T>(shape.D), s.tile_rows[tile], shape.D,
+                         [&](int64_t i) { return x + s.row[slot + i] * shape.D; });
+        });
+        team.barrier();
+        grouped<T>(team, 1, s, w.x, gate_up, 2 * shape.F, shape.D, w.out);
+        team.barrier();
+        team.loop(2, s.tiles, 1, [&](int64_t tile, int64_t) {
+            int64_t e = 0;
+            while (s.first_tile[e + 1] <= tile) e++;
+            const T *bias = gate_up_bias ? gate_up_bias + s.expert[e] * 2 * shape.F : nullptr;
+            activate_tile<T>(s, tile, w.out, bias, w.act, shape);
+        });
+        team.barrier();
+        grouped<T>(team, 3, s, w.act, down, shape.D, shape.F, w.out);
+        team.barrier();
+        team.loop(4, R, max_of(1, R / (team.size * 4)), [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; r++)
+                combine_row<T>(s, r, w.out, weights, experts, down_bias, y, shape);
+        });
+    });
+}
+
+template <class T>
+static void moe_ffn(T *y, const T *x, const float *weights, const int32_t *experts,
+                    const T *gate_up, const T *down, const T *gate_up_bias, const T *down_bias,
+                    int64_t R, MoeShape shape) {
+    // As many rows at once as keep the scratch memory near 64 MiB.
+    const int64_t slot = 4 * (3 * shape.F + 2 * shape.D + 2 * KC);
+    const int64_t block = max_of(32, (64 << 20) / (slot * max_of(1, shape.k)));
+    for (int64_t r = 0; r < R; r += block)
+        moe_rows<T>(y + r * shape.D, x + r * shape.D, weights + r * shape.k, experts + r * shape.k,
+                    gate_up, down, gate_up_bias, down_bias, min_of(block, R - r), shape);
+}
