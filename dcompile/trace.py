@@ -224,18 +224,22 @@ def _program(exported: ExportedProgram, wanted: Traced) -> Program:
         )
     for node in module.graph.nodes:
         node.meta = {"val": node.meta.get("val"), KEY: _facts(node)}
-    symbols = {
-        str(holders_dim(module, "row_seq")): "R",
-        str(holders_dim(module, "block_seq")): "B",
-    }
+    symbols = _symbols(module)
     return Program(
         module, inputs, list(OUTPUTS), wanted.shape, recipes, constants, symbols
     )
 
 
-def holders_dim(module: torch.fx.GraphModule, name: str) -> object:
-    node = next(n for n in module.graph.nodes if n.op == "placeholder" and n.name == name)
-    return node.meta["val"].shape[0].node.expr
+def _symbols(module: torch.fx.GraphModule) -> dict[str, str]:
+    """Export gives each input a symbol of its own until it sees that two must be equal."""
+    found: dict[str, str] = {}
+    for node in module.graph.nodes:
+        if node.op != "placeholder" or node.name == "canvas":
+            continue
+        for dim in node.meta["val"].shape:
+            if isinstance(dim, torch.SymInt):
+                found[str(dim.node.expr)] = "R" if node.name.startswith("row_") else "B"
+    return found
 
 
 def _rename(node: Node, name: str) -> None:

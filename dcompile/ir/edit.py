@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from dcompile.ir.meta import KEY, facts
 from dcompile.ir.program import Input, Kind, Program
+from dcompile.ir.weights import Recipe
 
 
 def value(node: Node) -> torch.Tensor:
@@ -112,3 +114,25 @@ def add_constant(program: Program, name: str, tensor: torch.Tensor) -> Node:
         val = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     program.constants[unique] = tensor
     return add_input(program, unique, "constant", val)
+
+
+def add_weight(program: Program, name: str, recipe: Recipe, like: torch.Tensor) -> Node:
+    """A weight made from others, as an input; `like` says its shape and dtype."""
+    program.recipes[name] = recipe
+    return add_input(program, name, "weight", like)
+
+
+def through(node: object, *targets: object) -> Node | None:
+    """`node`, or what stands behind it where it is one of `targets` (a view, a cast)."""
+    while isinstance(node, Node) and node.op == "call_function" and node.target in targets:
+        node = node.args[0]
+    return node if isinstance(node, Node) else None
+
+
+def item(program: Program, at: Node, source: Node, index: int) -> Node:
+    """Output `index` of a node with several."""
+    with program.graph.inserting_before(at):
+        node = program.graph.call_function(operator.getitem, (source, index))
+    node.meta["val"] = source.meta["val"][index]
+    node.meta[KEY] = facts(source)
+    return node

@@ -306,3 +306,15 @@ def moe_ffn(
 @moe_ffn.register_fake
 def _(x, weights, experts, gate_up, down, gate_up_bias, down_bias, activation):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
+
+
+# The operators as they stand in a graph.
+CHOOSE = torch.ops.dcompile.choose.default
+VOCAB_CHOICE = torch.ops.dcompile.vocab_choice.default
+WRITE_ROWS = torch.ops.dcompile.write_rows.default
+ATTEND = torch.ops.dcompile.attend.default
+ADD_RMS_NORM = torch.ops.dcompile.add_rms_norm.default
+SILU_MUL = torch.ops.dcompile.silu_mul.default
+NORM_ROPE_WRITE = torch.ops.dcompile.norm_rope_write.default
+ROUTE = torch.ops.dcompile.route.default
+MOE_FFN = torch.ops.dcompile.moe_ffn.default

@@ -1,0 +1,173 @@
+"""What the compiler needs to know of any model, and how a config's keys are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dcompile.errors import ConfigError
+from dcompile.ir.weights import Recipe, Source, Stack
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The facts about a model that stages after the frontend read."""
+
+    family: str  # "llada_moe"
+    vocab_size: int  # rows of the vocabulary projection
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    max_positions: int | None  # None where nothing in the model bounds it
+    block_length: int | None  # of a block-causal attention mask; None where it is bidirectional
+    shift: bool  # token i is predicted by the logits at i - 1
+    dtype: torch.dtype  # of the checkpoint
+    layer_kinds: tuple[str, ...]  # one a layer; layers of one kind have the same graph
+    defaults: Mapping[str, object]  # block_length, policy, cache, threshold
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a family's file makes of a config: the model's facts, its module, its tensors' names."""
+
+    family: str
+    vocab_size: int
+    max_positions: int | None
+    layer_kinds: tuple[str, ...]
+    defaults: Mapping[str, object]
+    build: Callable[[Sequence[int], torch.dtype], nn.Module]  # the named layers, in order
+    rename: Callable[[str], str]  # a parameter's name -> the name of its checkpoint tensor
+    num_experts: int = 0
+    block_length: int | None = None
+    shift: bool = False
+    tied: bool = False  # the vocabulary projection is the embedding table
+
+    def recipes(self, parameters: Sequence[str]) -> dict[str, Recipe]:
+        """How each of the full module's parameters is made from checkpoint tensors."""
+        return {name: self._recipe(name) for name in parameters}
+
+    def _recipe(self, name: str) -> Recipe:
+        if name == "lm_head.weight" and self.tied:
+            return Source(self.rename("embed_tokens.weight"))
+        block, experts, projection = name.partition(".experts.")
+        if not experts:
+            return Source(self.rename(name))
+        each = (f"{block}.experts.{e}.{projection}.weight" for e in range(self.num_experts))
+        return Stack(tuple(Source(self.rename(part)) for part in each))
+
+
+@dataclass(frozen=True)
+class Config:
+    """A model's config with the file that it came from; every reader names key, file and need."""
+
+    values: Mapping[str, object]
+    file: str
+
+    def error(self, key: str, expected: str) -> ConfigError:
+        """The named error for `key`, absent or of a wrong value."""
+        if key not in self.values:
+            what, verb = f"the key {key!r} is missing; expected {expected}", "add"
+        else:
+            what, verb = f"{key!r} is {self.values[key]!r}; expected {expected}", "correct"
+        return ConfigError(what, where=self.file, remedy=f"{verb} {key!r} in {self.file}")
+
+    def given(self, key: str) -> bool:
+        """Whether the key is there and not null."""
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, least: int, most: int) -> int:
+        value = self.values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.error(key, f"an integer from {least} to {most}")
+        return value
+
+    def size(self, key: str, default: int | None = None, most: int = 1 << 24) -> int:
+        """A positive integer; `default`, where there is one, stands for an absent key or null."""
+        if default is not None and not self.given(key):
+            return default
+        return self.integer(key, 1, most)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number."""
+        if default is not None and not self.given(key):
+            return default
+        value = self.values.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.error(key, "a positive number")
+        if not (math.isfinite(value) and value > 0):
+            raise self.error(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false; null stands for the default."""
+        if not self.given(key):
+            return default
+        value = self.values[key]
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def required_flag(self, key: str) -> bool:
+        """true or false; null stands for false, but the key must be there."""
+        if key not in self.values:
+            raise self.error(key, "true or false")
+        return self.flag(key, False)
+
+    def text(self, key: str) -> str:
+        value = self.values.get(key)
+        if not isinstance(value, str):
+            raise self.error(key, "a string")
+        return value
+
+    def only(self, key: str, *computed: object) -> None:
+        """Refuse a value other than those that this project's definition computes."""
+        if self.given(key) and not any(_same(self.values[key], value) for value in computed):
+            listed = " or ".join(repr(value) for value in computed) or "null"
+            raise self.error(key, f"{listed}, the only case that this model's definition computes")
+
+    def divides(self, key: str, by: str) -> int:
+        """`key` / `by`, which must be whole."""
+        whole, parts = self.size(key), self.size(by)
+        if whole % parts:
+            raise self.error(key, f"a multiple of {by!r}, which is {parts}")
+        return whole // parts
+
+
+def rope_theta(config: Config) -> float:
+    """The rotary base; scaled variants of rotary embedding are refused."""
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = config.values.get(key) or {}
+        if not isinstance(scaling, dict):
+            raise config.error(key, "null or an object")
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        surplus = set(scaling) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if kind != "default" or surplus:
+            raise config.error(key, "null: scaled rotary embedding is not supported")
+    inner = config.values.get("rope_parameters")
+    if not config.given("rope_theta") and isinstance(inner, dict) and "rope_theta" in inner:
+        return Config(inner, f"{config.file}, rope_parameters").number("rope_theta")
+    return config.number("rope_theta")
+
+
+def rotary_dim(config: Config, head_dim: int, factor: float) -> int:
+    """How many of a head's dimensions turn: an even number."""
+    dim = int(head_dim * factor)
+    if factor > 1 or dim < 2 or dim % 2:
+        key = "partial_rotary_factor" if config.given("partial_rotary_factor") else "head_dim"
+        raise config.error(key, f"an even number of rotary dimensions in heads of {head_dim}")
+    return dim
+
+
+def block_length(config: Config, default: int) -> int:
+    """The block of a block-causal attention mask, under either spelling."""
+    length = config.size("block_length", config.size("block_size", default))
+    if config.size("block_size", length) != length:
+        raise config.error("block_size", f"the same as 'block_length', which is {length}")
+    return length
+
+
+def _same(a: object, b: object) -> bool:
+    return a == b and isinstance(a, bool) == isinstance(b, bool)

@@ -1,0 +1,180 @@
+"""Opens a checkpoint: checks all of it from headers, reads tensor data only when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dcompile.errors import CheckpointError, ConfigError, TensorError
+from dcompile.frontends import files, tokens
+from dcompile.frontends.base import Config, Definition, ModelSpec
+from dcompile.frontends.families import family_of
+from dcompile.ir.weights import Recipe, Stack
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_checkpoint(path: str | Path, mask_id: int | None = None) -> Checkpoint:
+    """Opens a Hugging Face folder or a `model.pt`; `mask_id` overrules what the files say."""
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, mask_id)
+    if path.is_file() and path.suffix != ".safetensors":
+        values, tensors = files.open_state_dict(path)
+        return _open(Config(values, f"{path}, config"), tensors, {}, mask_id)
+    raise CheckpointError(
+        "no checkpoint is there"
+        if not path.exists()
+        else "one file of a checkpoint, not all of it",
+        where=str(path),
+        remedy="give the folder with config.json and *.safetensors, or a model.pt",
+    )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's facts, its plain definition and its weights."""
+
+    spec: ModelSpec
+    recipes: Mapping[str, Recipe]  # by the full module's parameter names
+    _definition: Definition
+    _tensors: files.Tensors
+    _tokenizer_files: Mapping[str, bytes]
+
+    def build(self, layers: Sequence[int] | None = None) -> nn.Module:
+        """The plain module with the named layers (default: all), parameters uninitialised."""
+        chosen = range(len(self.spec.layer_kinds)) if layers is None else layers
+        return self._definition.build(chosen, self.spec.dtype).requires_grad_(False).eval()
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor of the checkpoint as stored: mapped, not copied."""
+        return self._tensors.read(name)
+
+    def reference(self) -> nn.Module:
+        """The full module with its weights; what everything is compared with."""
+        module = self.build()
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(self.recipes[name].read(self.read))
+        return module
+
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        return self._tokenizer_files
+
+    def digest(self) -> str:
+        """sha256 over the names, shapes and dtypes of the tensors: a cheap identity, no more."""
+        listed = sorted((n, h.shape, str(h.dtype)) for n, h in self._tensors.headers.items())
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def _open_folder(folder: Path, mask_id: int | None) -> Checkpoint:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CheckpointError(
+            "the folder has no config.json",
+            where=str(folder),
+            remedy="give the folder of a Hugging Face checkpoint: config.json, *.safetensors",
+        )
+    values = files.read_json(config)
+    beside = {name: folder / name for name in tokens.FILES}
+    present = {name: path.read_bytes() for name, path in beside.items() if path.is_file()}
+    # An unknown architecture is said before anything about its tensors.
+    family_of(Config(values, str(config)))
+    return _open(Config(values, str(config)), files.open_folder(folder), present, mask_id)
+
+
+def _open(
+    config: Config, tensors: files.Tensors, present: Mapping[str, bytes], mask_id: int | None
+) -> Checkpoint:
+    definition = family_of(config)(config)
+    recipes = _check_tensors(definition, tensors.headers)
+    spec = ModelSpec(
+        family=definition.family,
+        vocab_size=definition.vocab_size,
+        mask_id=tokens.find_mask_id(config, present, definition.vocab_size, mask_id),
+        eos_ids=tokens.find_eos_ids(config, present, definition.vocab_size),
+        max_positions=definition.max_positions,
+        block_length=definition.block_length,
+        shift=definition.shift,
+        dtype=_dtype(config, tensors.headers),
+        layer_kinds=definition.layer_kinds,
+        defaults=definition.defaults,
+    )
+    return Checkpoint(spec, recipes, definition, tensors, present)
+
+
+def _check_tensors(
+    definition: Definition, headers: Mapping[str, files.Header]
+) -> dict[str, Recipe]:
+    """The recipes, once every tensor that they name is there as the config says, and no other."""
+    with torch.device("meta"):
+        full = definition.build(range(len(definition.layer_kinds)), torch.float32)
+    shapes = {name: tuple(parameter.shape) for name, parameter in full.named_parameters()}
+    recipes = definition.recipes(list(shapes))
+    expected = {
+        source: shapes[name][1:] if isinstance(recipe, Stack) else shapes[name]
+        for name, recipe in recipes.items()
+        for source in recipe.names()
+    }
+    for name, shape in expected.items():
+        _check_tensor(name, shape, headers)
+    tied = {definition.rename("lm_head.weight")} if definition.tied else set()
+    surplus = [name for name in headers if name not in expected and not _harmless(name, tied)]
+    if surplus:
+        raise TensorError(
+            f"{len(surplus)} tensors that the config does not describe, such as {surplus[0]!r}",
+            where=headers[surplus[0]].file,
+            remedy="correct the config (sizes, flags), or save the checkpoint without them",
+        )
+    return recipes
+
+
+def _check_tensor(name: str, shape: tuple[int, ...], headers: Mapping[str, files.Header]) -> None:
+    if name not in headers:
+        raise TensorError(
+            f"the tensor {name!r} of shape {list(shape)} is missing",
+            where=", ".join(sorted({header.file for header in headers.values()})) or None,
+            remedy="download the checkpoint again, or correct the config's sizes and flags",
+        )
+    header = headers[name]
+    if header.shape != shape:
+        raise TensorError(
+            f"{name!r} has the shape {list(header.shape)}; the config says {list(shape)}",
+            where=header.file,
+            remedy="use config and weights of one model",
+        )
+    if not isinstance(header.dtype, torch.dtype):
+        raise TensorError(
+            f"{name!r} has the dtype {header.dtype}; expected one of {', '.join(DTYPES)}",
+            where=header.file,
+            remedy="save the checkpoint's weights in one of these dtypes",
+        )
+
+
+def _harmless(name: str, tied: set[str]) -> bool:
+    return name.endswith("rotary_emb.inv_freq") or name in tied
+
+
+def _dtype(config: Config, headers: Mapping[str, files.Header]) -> torch.dtype:
+    """What the config says, else the dtype that most of the weights have."""
+    for key in ("torch_dtype", "dtype"):
+        if config.given(key):
+            name = str(config.values[key]).removeprefix("torch.")
+            if name not in DTYPES:
+                raise config.error(key, " or ".join(DTYPES))
+            return DTYPES[name]
+    elements: Counter[torch.dtype] = Counter()
+    for header in headers.values():
+        if isinstance(header.dtype, torch.dtype):
+            elements[header.dtype] += prod(header.shape)
+    if not elements:
+        raise ConfigError("no weights", where=config.file, remedy="save the weights with it")
+    return elements.most_common(1)[0][0]

@@ -1,0 +1,131 @@
+"""LLaDA-MoE: bidirectional attention with q/k norms, softmax-routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dcompile.frontends.base import Config, Definition, rope_theta, rotary_dim
+from dcompile.frontends.layers import (
+    Attention,
+    AttentionSizes,
+    Decoder,
+    DecoderLayer,
+    DecoderSizes,
+    GatedFFN,
+    MoE,
+    MoESizes,
+    SoftmaxRouter,
+)
+
+DEFAULTS = {"block_length": 64, "policy": "threshold", "cache": "dual", "threshold": 0.8}
+
+
+def read(config: Config) -> Definition:
+    """The model that a `LLaDAMoEModelLM` config describes."""
+    refuse_what_is_not_computed(config)
+    model = LladaMoe(
+        decoder=decoder_sizes(config),
+        attention=attention_sizes(config),
+        moe=moe_sizes(config),
+        dense_inner=config.size("dense_intermediate_size", 1),
+        layer_kinds=layer_kinds(config),
+    )
+    return Definition(
+        family="llada_moe",
+        vocab_size=model.decoder.vocab,
+        max_positions=config.size("max_position_embeddings", 0) or None,
+        layer_kinds=model.layer_kinds,
+        defaults=DEFAULTS,
+        build=model.build,
+        rename=rename,
+        num_experts=model.moe.experts,
+        tied=config.flag("tie_word_embeddings", False),
+    )
+
+
+@dataclass(frozen=True)
+class LladaMoe:
+    decoder: DecoderSizes
+    attention: AttentionSizes
+    moe: MoESizes
+    dense_inner: int
+    layer_kinds: tuple[str, ...]
+
+    def build(self, layers: Sequence[int], dtype: torch.dtype) -> Decoder:
+        return Decoder(self.decoder, dtype, (self.layer(i, dtype) for i in layers))
+
+    def layer(self, i: int, dtype: torch.dtype) -> DecoderLayer:
+        hidden, eps = self.decoder.hidden, self.decoder.eps
+        if self.layer_kinds[i] == "moe":
+            mlp: MoE | GatedFFN = MoE(self.moe, dtype, SoftmaxRouter(self.moe, dtype))
+        else:
+            mlp = GatedFFN(hidden, self.dense_inner, dtype)
+        return DecoderLayer(hidden, eps, dtype, Attention(self.attention, dtype), mlp)
+
+
+def refuse_what_is_not_computed(config: Config) -> None:
+    config.only("hidden_act", "silu")
+    config.only("attention_bias", False)
+    config.only("clip_qkv")
+    config.only("use_sliding_window", False)
+    config.only("moe_router_score_function", "softmax")
+    config.only("moe_router_enable_expert_bias", False)
+    config.only("shared_expert_intermediate_size", 0)
+    config.only("router_num_group", 1)
+    config.only("router_topk_group", 1)
+
+
+def attention_sizes(config: Config) -> AttentionSizes:
+    head_dim = config.divides("hidden_size", "num_attention_heads")
+    config.only("head_dim", head_dim)
+    config.divides("num_attention_heads", "num_key_value_heads")
+    return AttentionSizes(
+        hidden=config.size("hidden_size"),
+        heads=config.size("num_attention_heads"),
+        kv_heads=config.size("num_key_value_heads"),
+        head_dim=head_dim,
+        eps=config.number("rms_norm_eps"),
+        qk_norm=config.required_flag("qk_layernorm"),
+    )
+
+
+def decoder_sizes(config: Config) -> DecoderSizes:
+    head_dim = config.divides("hidden_size", "num_attention_heads")
+    return DecoderSizes(
+        vocab=config.size("vocab_size"),
+        hidden=config.size("hidden_size"),
+        eps=config.number("rms_norm_eps"),
+        rotary_dim=rotary_dim(config, head_dim, config.number("partial_rotary_factor", 1.0)),
+        theta=rope_theta(config),
+    )
+
+
+def moe_sizes(config: Config) -> MoESizes:
+    experts = config.size("num_experts", most=4096)
+    return MoESizes(
+        hidden=config.size("hidden_size"),
+        inner=config.size("expert_intermediate_size"),
+        experts=experts,
+        top_k=config.integer("num_experts_per_tok", 1, experts),
+        renormalize=config.required_flag("norm_topk_prob"),
+        scale=config.number("routed_scaling_factor", 1.0),
+    )
+
+
+def layer_kinds(config: Config) -> tuple[str, ...]:
+    """`moe_layer_freq` is one number for all layers, or a list with one a layer; 1 is MoE."""
+    count = config.size("num_hidden_layers", most=1000)
+    frequency = config.values.get("moe_layer_freq", 1)
+    each = frequency if isinstance(frequency, list) else [frequency] * count
+    if len(each) != count or any(one not in (0, 1) for one in each):
+        raise config.error("moe_layer_freq", f"0 or 1, or a list of {count} of them (one a layer)")
+    if 0 in each:
+        config.size("dense_intermediate_size")
+    return tuple("moe" if one else "dense" for one in each)
+
+
+def rename(parameter: str) -> str:
+    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"

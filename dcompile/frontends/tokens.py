@@ -1,0 +1,115 @@
+"""The mask id and the end-of-sequence ids, from the config or the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from dcompile.errors import ConfigError
+from dcompile.frontends.base import Config
+
+MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "<mask>", "<|MASK|>", "[MASK]")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def find_mask_id(
+    config: Config, files: Mapping[str, bytes], vocab_size: int, chosen: int | None
+) -> int:
+    """The id of the mask token: `chosen`, else the config's, else the tokenizer's."""
+    if chosen is not None:
+        return _in_vocabulary(config, "--mask-id", chosen, vocab_size)
+    if config.given("mask_token_id"):
+        return _in_vocabulary(config, "mask_token_id", config.values["mask_token_id"], vocab_size)
+    added = added_tokens(files)
+    for token in (_named(files, "mask_token"), *MASK_TOKENS):
+        if token in added:
+            return _in_vocabulary(config, f"the token {token!r}", added[token], vocab_size)
+    raise ConfigError(
+        "the mask token's id is in neither the config ('mask_token_id') nor the tokenizer's files",
+        where=config.file,
+        remedy="say it with --mask-id N, or add 'mask_token_id' to the config",
+    )
+
+
+def find_eos_ids(config: Config, files: Mapping[str, bytes], vocab_size: int) -> tuple[int, ...]:
+    """All ids that end a sequence, the config's first; none only where the config says null."""
+    generation = _object(files, "generation_config.json")
+    found = [
+        _in_vocabulary(config, "eos_token_id", one, vocab_size)
+        for values in (config.values, generation)
+        for one in _listed(values.get("eos_token_id"))
+    ]
+    token = _named(files, "eos_token")
+    added = added_tokens(files)
+    if not found and token in added:
+        found = [_in_vocabulary(config, f"the token {token!r}", added[token], vocab_size)]
+    if not found and "eos_token_id" not in config.values:
+        raise config.error("eos_token_id", "the id (or ids) that end a sequence, or null")
+    return tuple(dict.fromkeys(found))
+
+
+def added_tokens(files: Mapping[str, bytes]) -> dict[str, int]:
+    """Special tokens by their text, from whichever tokenizer files there are."""
+    found: dict[str, object] = dict(_object(files, "added_tokens.json"))
+    decoder = _object(files, "tokenizer_config.json").get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        found |= {
+            str(token.get("content")): int(number)
+            for number, token in decoder.items()
+            if isinstance(token, dict) and number.isdecimal()
+        }
+    listed = _object(files, "tokenizer.json").get("added_tokens")
+    if isinstance(listed, list):
+        found |= {str(t.get("content")): t.get("id") for t in listed if isinstance(t, dict)}
+    return {token: number for token, number in found.items() if isinstance(number, int)}
+
+
+def _in_vocabulary(config: Config, what: str, value: object, vocab_size: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size:
+        return value
+    raise ConfigError(
+        f"{what} is {value!r}; expected an id of the vocabulary, 0 to {vocab_size - 1}",
+        where=config.file,
+        remedy="give an id of the vocabulary"
+        if what == "--mask-id"
+        else f"correct {what}" + (", or say --mask-id N" if "mask" in what.lower() else ""),
+    )
+
+
+def _named(files: Mapping[str, bytes], role: str) -> str:
+    """The text of the token in a role such as `mask_token`, empty where it has none."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _object(files, file).get(role)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            return text
+    return ""
+
+
+def _listed(value: object) -> list[object]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, object]:
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"cannot be read as JSON: {error}", where=name, remedy="restore the file"
+        ) from None
+    return value if isinstance(value, dict) else {}

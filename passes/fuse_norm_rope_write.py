@@ -1,0 +1,193 @@
+"""q/k norm, rotary embedding, K/V rows written  ->  norm_rope_write(qkv)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from dcompile.ir import ops
+from dcompile.ir.edit import add_constant, bypass, insert, item, through, value
+from dcompile.ir.meta import facts, note
+from dcompile.ir.program import Exactness, Program, Remark
+
+aten = torch.ops.aten
+VIEW, CAST, SLICE = aten.reshape.default, aten._to_copy.default, aten.slice.Tensor
+
+
+@dataclass(frozen=True)
+class FuseNormRopeWrite:
+    """Everything between the merged projection and attention in one kernel, rows written in place."""
+
+    exactness = Exactness.ROUNDING
+
+    def __call__(self, program: Program) -> int:
+        tables: dict[Node, Node] = {}
+        return sum(_fuse(program, node, tables) for node in list(program.calls(ops.ATTEND)))
+
+
+@dataclass(frozen=True)
+class Head:
+    """How queries or keys are made: a part of a product, normed, rotated by two tables."""
+
+    source: Node
+    start: int
+    norm: Node | None
+    eps: float
+    cos: Node | None
+    sin: Node | None
+
+
+def _fuse(program: Program, node: Node, tables: dict[Node, Node]) -> int:
+    q, keys, values = node.args[:3]
+    assert isinstance(q, Node) and isinstance(keys, Node) and isinstance(values, Node)
+    if keys.target is not ops.WRITE_ROWS:
+        return 0
+    k, v = keys.args[1], values.args[1]
+    qh, kh = _head(q), _head(k)
+    part = _slice_of(through(v, VIEW))
+    if qh is None or kh is None or part is None:
+        return _leave(program, node, "queries or keys are not norm + rotary embedding of a product")
+    heads, size = (int(d) for d in value(q).shape[1:])
+    groups = int(value(keys).shape[2])
+    places = (qh.start, kh.start, part[1])
+    if (qh.source, kh.source) != (part[0], part[0]) or places != (
+        0,
+        heads * size,
+        (heads + groups) * size,
+    ):
+        return _leave(program, node, "queries, keys and values are not parts of one product")
+    if (qh.cos, qh.sin) != (kh.cos, kh.sin) or qh.eps != kh.eps:
+        return _leave(program, node, "queries and keys are rotated or normed differently")
+    cos, sin = (_table(program, t, tables) for t in (qh.cos, qh.sin))
+    if cos is None or sin is None:
+        return _leave(program, node, "the rotary tables do not depend on the position alone")
+    rows = insert(program, node, VIEW, qh.source, [-1, (heads + 2 * groups) * size])
+    fused = insert(
+        program,
+        node,
+        ops.NORM_ROPE_WRITE,
+        *(rows, qh.norm, kh.norm, cos, sin, keys.args[2], keys.args[3]),
+        *(keys.args[0], values.args[0], heads, qh.eps),
+    )
+    note(fused, role="norm_rope_write")
+    news = [item(program, node, fused, i) for i in range(3)]
+    node.replace_input_with(q, news[0])
+    for old, new in zip((keys, values), news[1:], strict=True):
+        bypass(program, old, new)
+    return 1
+
+
+def _leave(program: Program, node: Node, why: str) -> int:
+    program.remarks.append(Remark("fuse_norm_rope_write", facts(node).origin or node.name, why))
+    return 0
+
+
+def _slice_of(node: Node | None) -> tuple[Node, int] | None:
+    if node is None or node.target is not SLICE:
+        return None
+    x, dim, start, _ = node.args
+    assert isinstance(x, Node) and isinstance(start, int)
+    last = dim == value(x).dim() - 1
+    if last:
+        return x, start
+    # A slice of heads, [.., H, K], starts at a multiple of the head size.
+    if dim == value(x).dim() - 2 and (whole := through(x, VIEW)) is not None:
+        return whole, start * int(value(x).shape[-1])
+    return None
+
+
+def _head(node: object) -> Head | None:
+    """Match  [cast] (x cos + rotate_half(x) sin) [cast] [++ rest of x]  of  [norm]  of a slice."""
+    node = through(node, VIEW, aten.permute.default)
+    if node is None:
+        return None
+    rotated = _rotated(node)
+    if rotated is None:
+        return None
+    x, cos, sin = rotated
+    x = through(x, VIEW, aten.permute.default)
+    norm, eps = None, 0.0
+    if x is not None and x.target is aten.rms_norm.default:
+        shape, weight, eps = x.args[1], *x.args[2:4]  # type: ignore[assignment]
+        norm = weight if isinstance(weight, Node) else None
+        if len(shape) != 1 or norm is None or eps is None:  # type: ignore[arg-type]
+            return None
+        x = through(x.args[0], VIEW)
+    part = _slice_of(x)
+    return None if part is None else Head(*part, norm, float(eps), cos, sin)
+
+
+def _rotated(node: Node) -> tuple[Node, Node, Node] | None:
+    """(x, cos, sin) where node rotates the first part of x, or all of it."""
+    if node.target is aten.cat.default and len(node.args[0]) == 2:  # type: ignore[arg-type]
+        front, rest = node.args[0]  # type: ignore[misc]
+        found = _turned(through(front, CAST))
+        x = rest.args[0] if isinstance(rest, Node) and rest.target is SLICE else None
+        if found is None or x is None:
+            return None
+        head = through(found[0], CAST)
+        whole = head.args[0] if head is not None and head.target is SLICE else None
+        return (x, *found[1:]) if whole is x and head.args[2] == 0 else None  # type: ignore[union-attr]
+    found = _turned(through(node, CAST))
+    if found is None:
+        return None
+    x = through(found[0], CAST)
+    return None if x is None else (x, *found[1:])
+
+
+def _turned(node: Node | None) -> tuple[Node, Node, Node] | None:
+    """x * cos + cat(-x[half:], x[:half]) * sin"""
+    if node is None or node.target is not aten.add.Tensor:
+        return None
+    products = [a for a in node.args if isinstance(a, Node) and a.target is aten.mul.Tensor]
+    if len(products) != 2:
+        return None
+    for straight, crossed in (products, products[::-1]):
+        for x, cos in (straight.args, straight.args[::-1]):
+            for half, sin in (crossed.args, crossed.args[::-1]):
+                if _is_half_turn(half, x):
+                    return x, cos, sin  # type: ignore[return-value]
+    return None
+
+
+def _is_half_turn(node: object, x: object) -> bool:
+    if not (isinstance(node, Node) and node.target is aten.cat.default and isinstance(x, Node)):
+        return False
+    parts = node.args[0]
+    if len(parts) != 2 or parts[0].target is not aten.neg.default:  # type: ignore
+        return False
+    size = int(value(x).shape[-1])
+    back, front = parts[0].args[0], parts[1]  # type: ignore
+    last = value(x).dim() - 1
+    return (
+        back.target is front.target is SLICE
+        and _same(back.args[0], x)
+        and _same(front.args[0], x)
+        and tuple(back.args[1:]) == (last, size // 2, size)
+        and tuple(front.args[1:]) == (last, 0, size // 2)
+    )
+
+
+def _same(a: object, b: object) -> bool:
+    return a is b
+
+
+def _table(program: Program, node: Node | None, tables: dict[Node, Node]) -> Node | None:
+    """The constant [L, rot] in float32 behind a value gathered by row_pos."""
+    found = through(node, VIEW, aten.permute.default)
+    if found is None or found.target is not aten.index.Tensor:
+        return None
+    held, indices = found.args
+    if not isinstance(held, Node) or program.input(held.name).kind != "constant":
+        return None
+    if [getattr(i, "name", None) for i in indices] != ["row_pos"]:  # type: ignore[union-attr]
+        return None
+    if held not in tables:
+        table = program.constants[held.name]
+        if table[0].numel() != table.shape[-1]:
+            return None
+        flat = table.reshape(table.shape[0], table.shape[-1]).float().contiguous()
+        tables[held] = add_constant(program, f"{held.name}_rows", flat)
+    return tables[held]

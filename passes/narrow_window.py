@@ -1,0 +1,83 @@
+"""f(x)[choice_row]  ->  f(x[choice_row]): what only the chosen rows need, only they compute"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from dcompile.ir import ops
+from dcompile.ir.edit import insert, propagate, replace, value
+from dcompile.ir.program import Exactness, Program
+from dcompile.passes.positionwise import sequence_axes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class NarrowWindow:
+    """Move the choice of rows from the logits up to the last attention's queries.
+
+    Everything that is read at the block's positions only (the vocabulary projection, the last layer's
+    feed-forward, its queries) is computed for those rows, however many rows refresh keys and values.
+    """
+
+    exactness = Exactness.EXACT
+
+    def __call__(self, program: Program) -> int:
+        sites = [n for n in program.calls(aten.index.Tensor) if _chooses_rows(n)]
+        return sum(_narrow(program, node) for node in sites)
+
+
+def _chooses_rows(node: Node) -> bool:
+    (index, *rest) = node.args[1]  # type: ignore[misc]
+    return not rest and isinstance(index, Node) and index.name == "choice_row"
+
+
+def _narrow(program: Program, choice: Node) -> int:
+    region = _only_for(program, choice)
+    if not region:
+        return 0
+    rows = program.placeholder("choice_row")
+    inside = set(region)
+    first = region[0]
+    flat = insert(program, first, aten.reshape.default, rows, [-1], like=choice)
+    gathered: dict[Node, Node] = {}
+    for node in region:
+        for arg in node.all_input_nodes:
+            if arg in inside or not sequence_axes(program, arg):
+                continue
+            if arg not in gathered:
+                (axis,) = sequence_axes(program, arg)
+                gathered[arg] = insert(
+                    program, node, aten.index_select.default, arg, axis, flat, like=node
+                )
+            node.replace_input_with(arg, gathered[arg])
+    for node in region:
+        propagate(node)
+    source = choice.args[0]
+    assert isinstance(source, Node)
+    static = [int(d) for d in value(choice).shape[1:]]
+    replace(program, choice, aten.reshape.default, source, [-1, *static])
+    return len(region)
+
+
+def _only_for(program: Program, choice: Node) -> list[Node]:
+    """Nodes that nothing but the chosen rows needs, in order; caches are read, not narrowed."""
+    wanted = {choice}
+    out = []
+    for node in reversed(program.nodes()):
+        if node.op != "call_function" or node is choice or not node.users:
+            continue
+        if node.target in (ops.NORM_ROPE_WRITE, ops.WRITE_ROWS) or not sequence_axes(program, node):
+            continue
+        # Ids and gathers of tables are cheaper to compute than to gather.
+        if node.target in (aten.index.Tensor, aten.embedding.default):
+            continue
+        if all(user in wanted for user in node.users):
+            wanted.add(node)
+            out.append(node)
+    # An output of a node that stays is gathered, not narrowed.
+    return [n for n in out[::-1] if n.target is not operator.getitem or n.args[0] in wanted]

@@ -1,0 +1,175 @@
+"""attention over a whole sequence -> write these rows of K and V, then attend to the valid rows"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from dcompile.errors import UnsupportedModel
+from dcompile.ir import ops
+from dcompile.ir.edit import add_input, fake_mode, insert, replace, value
+from dcompile.ir.evaluate import evaluate, fixed_nodes
+from dcompile.ir.meta import facts
+from dcompile.ir.program import Exactness, Output, Program, Stage
+from dcompile.ir.sizes import is_static
+from dcompile.passes.positionwise import prove
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+# Two lengths, one of them odd: a mask that looks block-causal at both is.
+MASK_LENGTHS = (96, 131)
+
+
+@dataclass(frozen=True)
+class ReuseKV:
+    """Let the graph run any rows of any sequences: keys and values live in state, by slot.
+
+    Proves first that everything outside the attentions treats each position by itself, and raises
+    MixesPositions with the node and its module where it does not.  EXACT for the rows computed, given
+    keys and values that are up to date: which rows those are is the cache policy's choice.
+    """
+
+    exactness = Exactness.ROUNDING
+
+    def __call__(self, program: Program) -> int:
+        sites = list(program.calls(SDPA))
+        prove(program, attentions=set(sites))
+        fixed = fixed_nodes(program)
+        blocks = {_mask_block(program, node, fixed) for node in sites}
+        if len(blocks) > 1:
+            raise UnsupportedModel(
+                f"the layers' attention masks differ: block lengths {sorted(map(str, blocks))}",
+                remedy="one mask for all layers",
+            )
+        program.stage = Stage.PLANNED
+        if sites:
+            (block,) = blocks
+            program.shape = _with_block(program, block)
+            _add_row_limit(program)
+        for i, node in enumerate(sites):
+            _rewrite(program, node, i)
+        return len(sites)
+
+
+def _with_block(program: Program, block: int | None):  # type: ignore[no-untyped-def]
+    from dataclasses import replace as change
+
+    return change(program.shape, model_block=block)
+
+
+def _add_row_limit(program: Program) -> None:
+    like = value(program.placeholder("row_pos"))
+    with fake_mode(program):
+        add_input(program, "row_limit", "step", torch.empty_like(like))
+
+
+def _argument(node: Node, index: int, name: str, default: object) -> object:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _mask_block(program: Program, node: Node, fixed: set[Node]) -> int | None:
+    """Block length of the attention's mask; None where every position sees every other."""
+    where = facts(node).origin or node.name
+    if _argument(node, 4, "dropout_p", 0.0) != 0.0:
+        raise UnsupportedModel("attention with dropout", where=where, remedy="model.eval()")
+    mask = _argument(node, 3, "attn_mask", None)
+    causal = bool(_argument(node, 5, "is_causal", False))
+    if mask is None:
+        return 1 if causal else None
+    if not isinstance(mask, Node) or mask not in fixed:
+        raise UnsupportedModel(
+            "the attention mask depends on the tokens",
+            where=where,
+            remedy="a mask of positions only: all, or block-causal",
+        )
+    seen = [_blocks_of(evaluate(mask, program, n)) for n in MASK_LENGTHS]
+    if seen[0] != seen[1] or seen[0] == -1:
+        raise UnsupportedModel(
+            "the attention mask is neither full nor block-causal",
+            where=where,
+            remedy="a mask of positions only: all, or (key // n) <= (query // n)",
+        )
+    return seen[0]
+
+
+def _blocks_of(mask: torch.Tensor) -> int | None:
+    """n where the mask is block-causal of length n, None where it is full, -1 where neither."""
+    if mask.dtype != torch.bool:
+        if not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+            return -1
+        mask = mask == 0
+    length = mask.shape[-1]
+    flat = mask.reshape(-1, mask.shape[-2], length)
+    if not bool((flat == flat[:1]).all()) or mask.shape[-2] not in (1, length):
+        return -1
+    seen = flat[0].expand(length, length)
+    if bool(seen.all()):
+        return None
+    block = int(seen[0].sum())
+    at = torch.arange(length) // max(block, 1)
+    return block if bool((seen == (at[None, :] <= at[:, None])).all()) else -1
+
+
+def _rewrite(program: Program, node: Node, index: int) -> None:
+    q, k, v = node.args[:3]
+    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+    scale = _argument(node, 6, "scale", None)
+    if scale is None:
+        scale = float(value(q).shape[-1]) ** -0.5
+    _check_shapes(node, q, k, v)
+    row_seq, row_pos, row_limit = (
+        program.placeholder(name) for name in ("row_seq", "row_pos", "row_limit")
+    )
+    caches = []
+    for name, rows in (("keys", k), ("values", v)):
+        cache = _cache(program, f"{name}_{index}", rows)
+        flat = _rows(program, node, rows)
+        written = insert(program, node, ops.WRITE_ROWS, cache, flat, row_seq, row_pos)
+        _return_state(program, written, cache.name)
+        caches.append(written)
+    out = insert(
+        program, node, ops.ATTEND, _rows(program, node, q), *caches, row_seq, row_limit, scale
+    )
+    heads, size = (int(d) for d in (value(q).shape[1], value(v).shape[-1]))
+    back = insert(program, node, aten.reshape.default, out, [1, -1, heads, size])
+    replace(program, node, aten.permute.default, back, [0, 2, 1, 3])
+
+
+def _check_shapes(node: Node, q: Node, k: Node, v: Node) -> None:
+    shapes = [value(x).shape for x in (q, k, v)]
+    where = facts(node).origin or node.name
+    for shape in shapes:
+        if len(shape) != 4 or shape[0] != 1 or is_static(shape[2]):
+            raise UnsupportedModel(
+                f"attention over {tuple(map(str, shape))}, not [1, heads, sequence, size]", where=where
+            )
+    if not shapes[0][3] == shapes[1][3] == shapes[2][3]:
+        raise UnsupportedModel("queries, keys and values differ in size", where=where)
+    if int(shapes[0][1]) % int(shapes[1][1]) or shapes[1][1] != shapes[2][1]:
+        raise UnsupportedModel("the key heads do not divide the query heads", where=where)
+
+
+def _rows(program: Program, at: Node, x: Node) -> Node:
+    """[1, H, R, K] -> [R, H, K]"""
+    heads, size = int(value(x).shape[1]), int(value(x).shape[3])
+    turned = insert(program, at, aten.permute.default, x, [0, 2, 1, 3])
+    return insert(program, at, aten.reshape.default, turned, [-1, heads, size])
+
+
+def _cache(program: Program, name: str, rows: Node) -> Node:
+    shape = program.shape
+    heads, size = int(value(rows).shape[1]), int(value(rows).shape[3])
+    with fake_mode(program):
+        held = torch.empty(
+            (shape.slots, shape.positions, heads, size), dtype=value(rows).dtype
+        )
+    return add_input(program, name, "state", held)
+
+
+def _return_state(program: Program, node: Node, state: str) -> None:
+    result = program.result()
+    (values,) = result.args
+    result.args = ((*values, node),)  # type: ignore[misc]
+    program.outputs.append(Output(state, state=state))
