@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ Value = torch.Tensor | int | float | None
 
 
 class Library:
-    """A shared object with kernels: `Library(code).call("linear_f32", y, x, w, None, None, 4, 8, 3)`."""
+    """A shared object with kernels: `Library(code).call("gather_rows", out, x, index, 3, 64)`."""
 
     def __init__(self, code: bytes | Path) -> None:
         if isinstance(code, bytes):
@@ -36,7 +36,7 @@ class Library:
     def call(self, name: str, *values: Value) -> None:
         self.kernel(name)(pack_args(values))
 
-    def kernel(self, name: str) -> ctypes._CFuncPtr:
+    def kernel(self, name: str) -> Callable[[ctypes.Array[Arg]], None]:
         fn = self._lib[name]
         fn.restype = None
         return fn
@@ -49,7 +49,7 @@ class Library:
         args = [pack_args(values) for _, values in calls]
         launches = (Launch * len(calls))()
         for launch, (name, _), packed in zip(launches, calls, args, strict=True):
-            launch.fn = ctypes.cast(self.kernel(name), ctypes.c_void_p)
+            launch.fn = ctypes.cast(self._lib[name], ctypes.c_void_p)
             launch.args = packed
         seconds = (ctypes.c_double * len(calls))()
         if timed:

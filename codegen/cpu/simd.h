@@ -54,7 +54,7 @@ static INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// The larger; a NaN in `x` is passed over, one in `best` stays.
+// The larger, the smaller; where one is a NaN, the second argument.
 static INLINE vf vmax(vf x, vf best) { return x > best ? x : best; }
 static INLINE vf vmin(vf x, vf best) { return x < best ? x : best; }
 

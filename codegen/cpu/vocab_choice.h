@@ -103,7 +103,7 @@ static void reduce_block(float *z, int64_t stride, const T *bias, int64_t token0
         // Outside the vocabulary and the mask's id nothing can be chosen; nor can a NaN.
         const vi open = inside & (token != int32_t(mask_id)) & (v == v);
         const vf choice = open ? v : splat(__builtin_nanf(""));
-        second = vmax(vmin(choice, best.value), second);
+        second = vmax(vmin(best.value, choice), second);  // a NaN passes neither
         best.see(choice, token, choice);
         if (row.temperature > 0.0f)
             noisy.see(choice / row.temperature + gumbel(row.key, token), token, choice);
