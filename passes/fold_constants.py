@@ -30,8 +30,9 @@ class FoldConstants:
     def __call__(self, program: Program) -> int:
         fixed = fixed_nodes(program)
         sites = [n for n in program.nodes() if n in fixed and _is_frontier(n, fixed)]
+        folded: dict[object, Node] = {}
         for node in sites:
-            _fold(program, node, fixed)
+            _fold(program, node, fixed, folded)
         return len(sites) + _cast_weights(program)
 
 
@@ -68,13 +69,18 @@ def _is_frontier(node: Node, fixed: set[Node]) -> bool:
     return any(user not in fixed for user in node.users)
 
 
-def _fold(program: Program, node: Node, fixed: set[Node]) -> None:
+def _fold(program: Program, node: Node, fixed: set[Node], folded: dict[object, Node]) -> None:
     positions = program.shape.positions
     tensor = evaluate(node, program, positions).contiguous()
     readers = [u for u in node.users if u not in fixed]
     axes = moving_axes(value(node))
     name = "const_" + node.name
-    if not axes:
+    # Equal values are one constant and one gather, so that later passes see that they are the same.
+    raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    key = (tensor.dtype, tensor.shape, tuple(axes), raw)
+    if key in folded:
+        new = folded[key]
+    elif not axes:
         new = add_constant(program, name, tensor)
     else:
         (axis,) = axes
@@ -93,5 +99,6 @@ def _fold(program: Program, node: Node, fixed: set[Node]) -> None:
             order = list(range(1, table.dim()))
             order.insert(axis, 0)
             new = insert(program, node, aten.permute.default, new, order)
+    folded[key] = new
     for reader in readers:
         reader.replace_input_with(node, new)

@@ -71,6 +71,8 @@ def _fuse(program: Program, node: Node) -> int:
     x, gate_weight, up_weight = experts
     size, top_k = int(value(x).shape[-1]), router.top_k
     logits = insert(program, node, VIEW, router.logits, [-1, int(value(router.logits).shape[-1])])
+    if value(logits).dtype != torch.float32:
+        logits = insert(program, node, aten.to.dtype, logits, torch.float32)
     routed = insert(
         program,
         node,

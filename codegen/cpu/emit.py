@@ -1,0 +1,479 @@
+"""What the library has no kernel for, as C++: loop nests printed from the graph, chains inlined."""
+
+from __future__ import annotations
+
+import math
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from dcompile.codegen.launches import Argument, Int, Launch, Value
+from dcompile.ir import ops
+from dcompile.ir.edit import value
+from dcompile.ir.program import Program
+from dcompile.ir.show import show_node
+from dcompile.ir.sizes import Size, shape_of
+
+aten = torch.ops.aten
+RESHAPE = aten.reshape.default
+
+CTYPE = {
+    torch.float32: "float",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float64: "double",
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.int16: "int16_t",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+    torch.bool: "bool",
+}
+HALVES = (torch.bfloat16, torch.float16)
+
+UNARY = {
+    "neg": "-({0})",
+    "exp": "std::exp({0})",
+    "log": "std::log({0})",
+    "sqrt": "std::sqrt({0})",
+    "rsqrt": "(1.0f / std::sqrt({0}))",
+    "reciprocal": "(1.0f / ({0}))",
+    "sigmoid": "sigmoid({0})",
+    "silu": "(({0}) * sigmoid({0}))",
+    "tanh": "std::tanh({0})",
+    "sin": "std::sin({0})",
+    "cos": "std::cos({0})",
+    "erf": "std::erf({0})",
+    "relu": "most({0}, ({0}) * 0)",
+    "abs": "std::abs({0})",
+    "floor": "std::floor({0})",
+    "square": "(({0}) * ({0}))",
+    "logical_not": "!({0})",
+    "isnan": "(({0}) != ({0}))",
+    "isinf": "std::isinf({0})",
+}
+BINARY = {
+    "mul": "(({0}) * ({1}))",
+    "maximum": "most({0}, {1})",
+    "minimum": "least({0}, {1})",
+    "eq": "(({0}) == ({1}))",
+    "ne": "(({0}) != ({1}))",
+    "lt": "(({0}) < ({1}))",
+    "le": "(({0}) <= ({1}))",
+    "gt": "(({0}) > ({1}))",
+    "ge": "(({0}) >= ({1}))",
+    "logical_and": "(({0}) && ({1}))",
+    "logical_or": "(({0}) || ({1}))",
+    "bitwise_and": "(({0}) & ({1}))",
+    "bitwise_or": "(({0}) | ({1}))",
+    "bitwise_xor": "(({0}) ^ ({1}))",
+    "__and__": "(({0}) & ({1}))",
+    "__or__": "(({0}) | ({1}))",
+    "floor_divide": "floor_div({0}, {1})",
+    "remainder": "floor_mod({0}, {1})",
+    "pow": "std::pow({0}, {1})",
+}
+COMPARE = {"eq", "ne", "lt", "le", "gt", "ge"}
+# name: (start, step); {v} the element, {acc} the running value
+REDUCE = {
+    aten.sum.dim_IntList: ("0", "{acc} += {v};"),
+    aten.mean.dim: ("0", "{acc} += {v};"),
+    aten.amax.default: ("LOWEST", "{acc} = most<T>({v}, {acc});"),
+    aten.amin.default: ("HIGHEST", "{acc} = least<T>({v}, {acc});"),
+    aten.any.dim: ("false", "{acc} |= (bool)({v});"),
+    aten.all.dim: ("true", "{acc} &= (bool)({v});"),
+}
+REMAPS = {aten.slice.Tensor, aten.permute.default, aten.expand.default}
+
+
+def op_name(node: Node) -> str:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return ""
+    return target._schema.name.partition("::")[2]
+
+
+def can_emit(node: Node) -> bool:
+    """Whether this module can print the node."""
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    val = value(node)
+    if val.dtype not in CTYPE:
+        return False
+    target, name = node.target, op_name(node)
+    if target in REDUCE:
+        wide = val.dtype not in (torch.float64,)
+        return wide and isinstance(node.args[1], (list, tuple, int))
+    if target is aten.index.Tensor:
+        x, indices = node.args
+        return all(i is not None and value(i).dtype == torch.int64 for i in indices)  # type: ignore
+    if target is aten.index_put.default:
+        accumulate = len(node.args) > 3 and node.args[3]
+        return not accumulate and _is_state(node.args[0])
+    if target is ops.WRITE_ROWS:
+        return _is_state(node.args[0])
+    if target in REMAPS:
+        return target is not aten.slice.Tensor or len(node.args) == 4
+    if target in (
+        aten.cat.default,
+        aten._to_copy.default,
+        aten.where.self,
+        aten.where.ScalarOther,
+        aten.where.ScalarSelf,
+        aten.masked_fill.Scalar,
+        aten.clamp.default,
+        aten.clamp_min.default,
+        aten.clamp_max.default,
+        aten.bitwise_not.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.index_select.default,
+        aten.unsqueeze.default,
+    ):
+        return target is not aten.unsqueeze.default
+    if torch.float64 in _dtypes(node):
+        return False
+    if name in ("add", "sub", "div", "rsub", "gelu"):
+        return "rounding_mode" not in node.kwargs
+    return name in UNARY or name in BINARY
+
+
+def _is_state(node: object) -> bool:
+    return isinstance(node, Node) and node.op == "placeholder"
+
+
+def _dtypes(node: Node) -> set[torch.dtype]:
+    return {value(n).dtype for n in (node, *node.all_input_nodes) if "val" in n.meta}
+
+
+def base(node: Node) -> Node:
+    """What is in memory behind a reshape."""
+    while node.target is RESHAPE:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+@dataclass
+class Group:
+    """Nodes that one emitted function computes, in order."""
+
+    nodes: list[Node] = field(default_factory=list)
+
+
+def emit_group(program: Program, group: Group, name: str, needed: set[Node]) -> tuple[str, Launch]:
+    """C++ source of one function, and its launch; `needed` are the nodes read outside the group."""
+    return _Emitter(program, group, name, needed).run()
+
+
+class _Emitter:
+    def __init__(self, program: Program, group: Group, name: str, needed: set[Node]) -> None:
+        self.program = program
+        self.name = name
+        self.nodes = group.nodes
+        self.inside = set(group.nodes)
+        self.stored = {n for n in group.nodes if self._is_stored(n, needed)}
+        self.buffers: dict[Node, int] = {}
+        self.lines: list[str] = []
+
+    def _is_stored(self, node: Node, needed: set[Node]) -> bool:
+        if node in needed or node.target in REDUCE:
+            return True
+        if node.target in (aten.index_put.default, ops.WRITE_ROWS, aten.index.Tensor):
+            return True
+        readers = [u for u in _readers(node) if u in self.inside]
+        return len(readers) > 1 and node.target not in REMAPS
+
+    def run(self) -> tuple[str, Launch]:
+        updates: list[Node] = []
+        for node in self.nodes:
+            if node not in self.stored:
+                continue
+            self.lines.append(f"  // {show_node(node, self.program)}")
+            if node.target in (aten.index_put.default, ops.WRITE_ROWS):
+                updates.append(self._scatter(node))
+            elif node.target in REDUCE:
+                self._reduce(node)
+            else:
+                self._loop(node, node, self.element(node, _indices(self.shape(node))))
+        writes = [n for n in self.nodes if n in self.stored and n in self.buffers and n not in updates]
+        writes = [n for n in writes if n.target not in (aten.index_put.default, ops.WRITE_ROWS)]
+        pointers = [
+            f"  auto *const b{i} = ({CTYPE[value(n).dtype]} *)a[{i}].p;" for n, i in self.buffers.items()
+        ]
+        count = len(self.buffers)
+        sizes = f"  const int64_t R = a[{count}].i, B = a[{count + 1}].i;\n  (void)R, (void)B;"
+        body = "\n".join([*pointers, sizes, *self.lines])
+        source = f'extern "C" void {self.name}(const Arg *a) {{\n{body}\n}}\n'
+        args: list[Argument] = [Value(n) for n in self.buffers]
+        args += [Int({"R": 1}), Int({"B": 1})]
+        launch = Launch("native", self.name, self.nodes[-1], args, writes, updates, list(self.nodes))
+        return source, launch
+
+    def shape(self, node: Node) -> list[str]:
+        return [_c_size(s) for s in shape_of(value(node), self.program.symbols)]
+
+    def pointer(self, node: Node) -> str:
+        return f"b{self.buffers.setdefault(node, len(self.buffers))}"
+
+    def _loop(self, node: Node, at: Node, text: str) -> None:
+        shape = self.shape(node)
+        store = f"st({self.pointer(at)} + {_linear(_indices(shape), shape)}, {text});"
+        self._nest(shape, [store])
+
+    def _nest(self, shape: list[str], body: list[str], extra: str = "") -> None:
+        work = " * ".join([*shape, extra] if extra else shape) or "1"
+        indent = "  "
+        if shape:
+            self.lines.append(f"{indent}#pragma omp parallel for if ({work} > 32768)")
+        for i, size in enumerate(shape):
+            self.lines.append(f"{indent}for (int64_t i{i} = 0; i{i} < {size}; ++i{i})")
+            indent += "  "
+        self.lines.append(indent + "{ " + " ".join(body) + " }")
+
+    def _reduce(self, node: Node) -> None:
+        x = node.args[0]
+        assert isinstance(x, Node)
+        dims_arg = node.args[1]
+        rank = value(x).dim()
+        dims = [d % rank for d in (dims_arg if isinstance(dims_arg, (list, tuple)) else [dims_arg])]  # type: ignore
+        if not dims:
+            dims = list(range(rank))
+        keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
+        shape = self.shape(x)
+        out_shape = self.shape(node)
+        outer = iter(_indices(out_shape)) if not keep else None
+        index = []
+        for d in range(rank):
+            if d in dims:
+                index.append(f"r{d}")
+            else:
+                index.append(f"i{d}" if keep else next(outer))  # type: ignore[arg-type]
+        kind = _arithmetic(value(node).dtype)
+        start, step = REDUCE[node.target]
+        limits = "std::numeric_limits<T>"
+        lowest = f"-{limits}::infinity()" if kind == "float" else f"{limits}::lowest()"
+        highest = f"{limits}::infinity()" if kind == "float" else f"{limits}::max()"
+        start = {"LOWEST": lowest, "HIGHEST": highest}.get(start, start)
+        body = [f"using T = {kind}; T acc = {start};"]
+        for d in dims:
+            body.append(f"for (int64_t r{d} = 0; r{d} < {shape[d]}; ++r{d})")
+        body.append("{ " + step.format(acc="acc", v=self.load(x, index)) + " }")
+        result = "acc"
+        if node.target is aten.mean.dim:
+            result = f"acc / (float)({' * '.join(shape[d] for d in dims)})"
+        place = _linear(_indices(out_shape), out_shape)
+        body.append(f"st({self.pointer(node)} + {place}, {result});")
+        self._nest(out_shape, body, " * ".join(shape[d] for d in dims))
+
+    def _scatter(self, node: Node) -> Node:
+        """cache[row_seq, row_pos] = rows, in place; the state that it changes."""
+        if node.target is ops.WRITE_ROWS:
+            state, rows, *indices = node.args
+        else:
+            state, indices, rows = node.args[:3]  # type: ignore[assignment]
+        assert isinstance(state, Node) and isinstance(rows, Node)
+        shape, own = self.shape(rows), self.shape(state)
+        index = _indices(shape)
+        lead = max(value(i).dim() for i in indices)  # type: ignore[arg-type]
+        place = [self._broadcast(i, index[:lead], shape[:lead]) for i in indices] + index[lead:]  # type: ignore
+        target = _linear(place, own)
+        self._nest(shape, [f"st({self.pointer(state)} + {target}, {self.load(rows, index)});"])
+        self.buffers.setdefault(state, len(self.buffers))
+        return state
+
+    def _broadcast(self, node: Node, index: list[str], shape: list[str]) -> str:
+        """Element of `node`, broadcast to `shape`, at `index`."""
+        own = self.shape(node)
+        tail = index[len(index) - len(own) :]
+        return self.load(node, ["0" if s == "1" else i for s, i in zip(own, tail, strict=True)])
+
+    def load(self, node: Node, index: list[str]) -> str:
+        """A C expression for the element at `index`."""
+        shape = self.shape(node)
+        root = base(node)
+        if root not in self.inside or root in self.stored:
+            return f"ld({self.pointer(root)} + {_linear(index, shape)})"
+        return self.element(node, index)
+
+    def element(self, node: Node, index: list[str]) -> str:
+        """A C expression that computes the element at `index`."""
+        target, name = node.target, op_name(node)
+        args = node.args
+        if target is RESHAPE:
+            source = args[0]
+            assert isinstance(source, Node)
+            return self.load(source, _reshaped(index, self.shape(node), self.shape(source)))
+        if target is aten.permute.default:
+            order = args[1]
+            back = [""] * len(index)
+            for i, d in enumerate(order):  # type: ignore[arg-type]
+                back[d] = index[i]
+            return self.load(args[0], back)  # type: ignore[arg-type]
+        if target is aten.slice.Tensor:
+            dim, start = args[1:3]
+            moved = [f"({x} + {start})" if d == dim and start else x for d, x in enumerate(index)]
+            return self.load(args[0], moved)  # type: ignore[arg-type]
+        if target is aten.cat.default:
+            return self._cat(node, index)
+        if target is aten.index.Tensor:
+            x, indices = args
+            lead = max(value(i).dim() for i in indices)  # type: ignore
+            shape = self.shape(node)
+            place = [self._broadcast(i, index[:lead], shape[:lead]) for i in indices]  # type: ignore
+            return self.load(x, place + index[lead:])  # type: ignore[arg-type]
+        if target is aten.index_select.default:
+            x, dim, rows = args
+            chosen = self.load(rows, [index[dim]])  # type: ignore
+            return self.load(x, [chosen if d == dim else i for d, i in enumerate(index)])  # type: ignore
+        return self._pointwise(node, name, index)
+
+    def _cat(self, node: Node, index: list[str]) -> str:
+        parts = node.args[0]
+        dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(index)  # type: ignore
+        text, start = "", 0
+        ends = []
+        for part in parts:  # type: ignore
+            size = int(value(part).shape[dim])
+            moved = [f"({i} - {start})" if d == dim and start else i for d, i in enumerate(index)]
+            ends.append((start + size, self.load(part, moved)))
+            start += size
+        text = ends[-1][1]
+        for end, part in reversed(ends[:-1]):
+            text = f"({index[dim]} < {end} ? {part} : {text})"
+        return text
+
+    def _pointwise(self, node: Node, name: str, index: list[str]) -> str:
+        target, out = node.target, value(node).dtype
+        shape = self.shape(node)
+
+        def arg(x: object, kind: str | None = None) -> str:
+            if isinstance(x, Node):
+                text = self._broadcast(x, index, shape)
+                return text if kind is None else f"({kind})({text})"
+            return _literal(x, kind)
+
+        args = node.args
+        kind = _arithmetic(out)
+        if target is aten._to_copy.default:
+            source = value(args[0]).dtype  # type: ignore[arg-type]
+            text = arg(args[0])
+            if out in HALVES:
+                return f"rounded<{CTYPE[out]}>((float)({text}))"
+            if source.is_floating_point and not out.is_floating_point and out != torch.bool:
+                return f"({CTYPE[out]})({text})"
+            return f"({kind})({text})"
+        if target is aten.expand.default:
+            return arg(args[0])
+        if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+            return f"({arg(args[0])} ? {arg(args[1], kind)} : {arg(args[2], kind)})"
+        if target is aten.masked_fill.Scalar:
+            return f"({arg(args[1])} ? {arg(args[2], kind)} : {arg(args[0], kind)})"
+        if target in (aten.zeros_like.default, aten.ones_like.default):
+            return f"({kind}){int(target is aten.ones_like.default)}"
+        if target is aten.full_like.default:
+            return _literal(args[1], kind)
+        if name in ("clamp", "clamp_min", "clamp_max"):
+            low, high = (*args[1:3], None, None)[:2]
+            if name == "clamp_max":
+                low, high = None, args[1]
+            text = arg(args[0], kind)
+            if low is not None:
+                text = f"most<{kind}>({text}, {arg(low, kind)})"
+            return text if high is None else f"least<{kind}>({text}, {arg(high, kind)})"
+        if target is aten.bitwise_not.default:
+            return f"{'!' if out == torch.bool else '~'}({arg(args[0])})"
+        if name in ("add", "sub", "rsub"):
+            a, b = args[:2] if name != "rsub" else args[1::-1]
+            alpha = node.kwargs.get("alpha", 1)
+            sign = "-" if name != "add" else "+"
+            scaled = arg(b, kind) if alpha == 1 else f"{_literal(alpha, kind)} * {arg(b, kind)}"
+            return f"({arg(a, kind)} {sign} {scaled})"
+        if name == "div":
+            return f"({arg(args[0], 'float')} / {arg(args[1], 'float')})"
+        if name == "gelu":
+            tanh = node.kwargs.get("approximate", "none") == "tanh"
+            return f"{'gelu_tanh' if tanh else 'gelu'}({arg(args[0], kind)})"
+        if name in UNARY:
+            inner = None if name in ("logical_not", "isnan", "isinf") else kind
+            return UNARY[name].format(arg(args[0], inner))
+        if name in COMPARE:
+            common = _arithmetic(_common(args))
+            return BINARY[name].format(arg(args[0], common), arg(args[1], common))
+        return BINARY[name].format(arg(args[0], kind), arg(args[1], kind))
+
+
+def _readers(node: Node) -> list[Node]:
+    """Who reads the value, seen through reshapes."""
+    out: list[Node] = []
+    for user in node.users:
+        out.extend(_readers(user) if user.target is RESHAPE else [user])
+    return out
+
+
+def _common(args: tuple[object, ...]) -> torch.dtype:
+    dtypes = [value(a).dtype for a in args if isinstance(a, Node)]
+    numbers = [a for a in args if isinstance(a, float)]
+    out = dtypes[0]
+    for d in dtypes[1:]:
+        out = torch.promote_types(out, d)
+    return torch.float32 if numbers and not out.is_floating_point else out
+
+
+def _arithmetic(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    if dtype == torch.float64:
+        return "double"
+    return "float" if dtype.is_floating_point else "int64_t"
+
+
+def _literal(x: object, kind: str | None) -> str:
+    if isinstance(x, bool):
+        return "true" if x else "false"
+    assert isinstance(x, (int, float)), f"not a number: {x!r}"
+    if isinstance(x, float) and math.isinf(x):
+        return f"({'-' if x < 0 else ''}std::numeric_limits<float>::infinity())"
+    if isinstance(x, float) and math.isnan(x):
+        return "std::numeric_limits<float>::quiet_NaN()"
+    text = f"{x!r}f" if isinstance(x, float) else f"INT64_C({x})"
+    return f"({kind})({text})" if kind else text
+
+
+def _c_size(size: Size) -> str:
+    if isinstance(size, int):
+        return str(size)
+    terms = [f"{factor} * {name}" if name else str(factor) for name, factor in size.items()]
+    text = " + ".join(t.removeprefix("1 * ") for t in terms)
+    return text if len(terms) == 1 and "*" not in text else f"({text})"
+
+
+def _indices(shape: list[str]) -> list[str]:
+    return [f"i{d}" for d in range(len(shape))]
+
+
+def _linear(index: list[str], shape: list[str]) -> str:
+    text = ""
+    for i, size in zip(index, shape, strict=True):
+        text = i if not text else f"({text} * {size} + {i})"
+    return text or "0"
+
+
+def _reshaped(index: list[str], new: list[str], old: list[str]) -> list[str]:
+    """The index in the old shape of an element of the new one."""
+    kept_new = [(i, s) for i, s in zip(index, new, strict=True) if s != "1"]
+    kept_old = [s for s in old if s != "1"]
+    if [s for _, s in kept_new] == kept_old:
+        left = iter(i for i, _ in kept_new)
+        return ["0" if s == "1" else next(left) for s in old]
+    rest = _linear(index, new)
+    out = []
+    for d, _ in enumerate(old):
+        inner = " * ".join(old[d + 1 :]) or "1"
+        text = f"(({rest}) / ({inner}))" if inner != "1" else f"({rest})"
+        out.append(text if d == 0 else f"({text} % {old[d]})")
+    return out
+
+

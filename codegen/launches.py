@@ -1,0 +1,53 @@
+"""The launch list: which values a launch reads and writes, before anyone says where they live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch.fx import Node
+
+from dcompile.ir.sizes import Size
+
+
+@dataclass(frozen=True)
+class Value:
+    """A node's value as an argument; `offset` in elements, `layout` of a weight."""
+
+    node: Node | None
+    offset: int = 0
+    layout: Literal["plain", "packed", "experts"] = "plain"
+
+
+@dataclass(frozen=True)
+class Int:
+    value: Size
+
+
+@dataclass(frozen=True)
+class Float:
+    value: float
+
+
+Argument = Value | Int | Float
+
+
+@dataclass
+class Launch:
+    """One call of a kernel.  `writes` are new values, `updates` the states that it changes in place.
+
+    A native launch's arguments are in the kernel's order; an ATen launch keeps its node.
+    """
+
+    kind: Literal["native", "aten"]
+    kernel: str
+    node: Node
+    args: list[Argument] = field(default_factory=list)
+    writes: list[Node] = field(default_factory=list)
+    updates: list[Node] = field(default_factory=list)
+    covers: list[Node] = field(default_factory=list)  # the graph nodes that it stands for
+
+    def reads(self) -> list[Node]:
+        if self.kind == "aten":
+            return list(self.node.all_input_nodes)
+        return [a.node for a in self.args if isinstance(a, Value) and a.node is not None]
