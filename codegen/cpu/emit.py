@@ -206,7 +206,7 @@ class _Emitter:
         count = len(self.buffers)
         sizes = f"  const int64_t R = a[{count}].i, B = a[{count + 1}].i;\n  (void)R, (void)B;"
         body = "\n".join([*pointers, sizes, *self.lines])
-        source = f'extern "C" void {self.name}(const Arg *a) {{\n{body}\n}}\n'
+        source = f'EXPORT void {self.name}(const Arg *a) {{\n{body}\n}}\n'
         args: list[Argument] = [Value(n) for n in self.buffers]
         args += [Int({"R": 1}), Int({"B": 1})]
         launch = Launch("native", self.name, self.nodes[-1], args, writes, updates, list(self.nodes))

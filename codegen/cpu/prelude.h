@@ -1,5 +1,6 @@
 // What emitted kernels need: the argument union and conversions between storage and arithmetic.
 #pragma once
+#define EXPORT extern "C" __attribute__((visibility("default")))
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,0 +1,180 @@
+"""Where values live: weights, states, inputs, and slots that values share when their lives are apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from dcompile.codegen.cpu.emit import base
+from dcompile.codegen.cpu.pack import packed_size
+from dcompile.codegen.launches import Value
+from dcompile.codegen.schedule import Schedule
+from dcompile.ir.edit import value
+from dcompile.ir.program import Program
+from dcompile.ir.show import SHORT
+from dcompile.ir.sizes import Size, elements, evaluate, shape_of
+
+# Sizes are compared at a typical iteration: one sequence, a block's rows.
+TYPICAL = {"R": 64, "B": 1}
+
+
+@dataclass
+class Buffers:
+    """The plan's buffer table, and the index of each value in it."""
+
+    table: list[dict[str, Any]] = field(default_factory=list)
+    index: dict[object, int] = field(default_factory=dict)
+    slots: int = 0
+
+
+def plan_buffers(program: Program, schedule: Schedule) -> Buffers:
+    """Give every value that a launch reads or writes a place; slots are reused after the last reader."""
+    return _Planner(program, schedule).run()
+
+
+class _Planner:
+    def __init__(self, program: Program, schedule: Schedule) -> None:
+        self.program = program
+        self.schedule = schedule
+        self.out = Buffers()
+        self.slot_bytes: list[int] = []
+
+    def run(self) -> Buffers:
+        for item in self.program.inputs:
+            if item.kind in ("state", "step"):
+                self.place(self.program.placeholder(item.name))
+        last = self._last_use()
+        free: list[int] = []
+        ending: dict[int, list[Node]] = {}
+        for node, at in last.items():
+            ending.setdefault(at, []).append(node)
+        for at, launch in enumerate(self.schedule.launches):
+            for node in launch.writes:
+                self._give_slot(node, free)
+            for argument in launch.args:
+                if isinstance(argument, Value):
+                    self.argument(argument)
+            for node in launch.reads():
+                self.place(node)
+            # A value nobody reads has its place during its own launch.
+            for node in ending.get(at, []):
+                slot = self.out.table[self.out.index[node]]["place"].get("slot")
+                if slot is not None:
+                    free.append(slot)
+        for node in self._returned():
+            self.place(node)
+        self.out.slots = len(self.slot_bytes)
+        return self.out
+
+    def root(self, node: Node) -> Node:
+        """The value in memory behind views, and the state behind a value updated in place."""
+        node = base(node)
+        return self.schedule.aliases.get(node, node)
+
+    def _returned(self) -> list[Node]:
+        return list(self.program.result().args[0])  # type: ignore[arg-type]
+
+    def _last_use(self) -> dict[Node, int]:
+        last: dict[Node, int] = {}
+        for at, launch in enumerate(self.schedule.launches):
+            for node in launch.writes:
+                last[node] = at
+            for node in launch.reads():
+                root = self.root(node)
+                if root in last:
+                    last[root] = at
+        for node in self._returned():
+            last.pop(self.root(node), None)
+        return last
+
+    def _give_slot(self, node: Node, free: list[int]) -> None:
+        size = evaluate(elements([*self.shape(node), value(node).element_size()]), TYPICAL)
+        fitting = [s for s in free if self.slot_bytes[s] >= size]
+        if fitting:
+            slot = min(fitting, key=lambda s: self.slot_bytes[s])
+        elif free:
+            slot = max(free, key=lambda s: self.slot_bytes[s])
+        else:
+            slot = len(self.slot_bytes)
+            self.slot_bytes.append(0)
+        if slot in free:
+            free.remove(slot)
+        self.slot_bytes[slot] = max(self.slot_bytes[slot], size)
+        self._add(node, node, {"kind": "slot", "slot": slot})
+
+    def shape(self, node: Node) -> list[Size]:
+        return shape_of(value(node), self.program.symbols)
+
+    def _add(self, key: object, node: Node, place: dict[str, Any], **more: Any) -> int:
+        entry = {
+            "name": node.name,
+            "dtype": SHORT[value(node).dtype],
+            "shape": self.shape(node),
+            "place": place,
+            **more,
+        }
+        self.out.index[key] = len(self.out.table)
+        self.out.table.append(entry)
+        return self.out.index[key]
+
+    def place(self, node: Node) -> int:
+        """The buffer of a value as it is shaped: its own, or a view of the one behind it."""
+        if node in self.out.index:
+            return self.out.index[node]
+        root = self.root(node)
+        if root is not node:
+            if root is not base(node):
+                return self.place(root)
+            return self._view(node, node, self.place(root), 0, contiguous(self.shape(node)))
+        item = self.program.input(node.name) if node.op == "placeholder" else None
+        assert item is not None, f"{node.name} is computed by no launch"
+        kind = "input" if item.kind == "step" else item.kind
+        place: dict[str, Any] = {"kind": kind}
+        if kind in ("weight", "constant"):
+            place["tensor"] = node.name
+        return self._add(node, node, place)
+
+    def _view(self, key: object, node: Node, of: int, offset: int, strides: list[Size]) -> int:
+        place = {"kind": "view", "of": of, "offset": offset, "strides": strides}
+        return self._add(key, node, place)
+
+    def argument(self, argument: Value) -> int | None:
+        """The buffer that a native launch gets for an argument."""
+        node = argument.node
+        if node is None:
+            return None
+        if argument.layout != "plain":
+            return self._packed(node, argument.layout)
+        if argument.offset:
+            # From the offset to the end of the value; the kernel knows the row stride.
+            whole = self.place(self.root(node))
+            total = elements(self.shape(node))
+            length: Size = (
+                total - argument.offset
+                if isinstance(total, int)
+                else {**total, "": total.get("", 0) - argument.offset}
+            )
+            key = (node, argument.offset)
+            if key not in self.out.index:
+                index = self._view(key, node, whole, argument.offset, [1])
+                self.out.table[index]["shape"] = [length]
+            return self.out.index[key]
+        return self.place(self.root(node))
+
+    def _packed(self, node: Node, layout: str) -> int:
+        key = (node, layout)
+        if key in self.out.index:
+            return self.out.index[key]
+        *lead, n, k = (int(d) for d in value(node).shape)
+        count = packed_size(n, k, value(node).dtype) * (lead[0] if lead else 1)
+        name = f"{node.name}.packed"
+        index = self._add(key, node, {"kind": "weight", "tensor": name})
+        self.out.table[index].update(name=name, shape=[count])
+        return index
+
+
+def contiguous(shape: list[Size]) -> list[Size]:
+    """Row-major strides."""
+    return [elements(shape[i + 1 :]) for i in range(len(shape))]

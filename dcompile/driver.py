@@ -1,0 +1,339 @@
+"""Compile: frontend -> trace -> passes -> emit, on one screen."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcompile.codegen.cpu.build import ISA_FLAGS, build, build_library, isas, library_sources
+from dcompile.codegen.lower import Lowered, emitted_sources, lower, stored_tensors
+from dcompile.errors import ConfigError, OptionError
+from dcompile.explain import report
+from dcompile.frontends.base import ModelSpec
+from dcompile.ir.program import Program, StepShape
+from dcompile.ir.show import show
+from dcompile.ir.weights import Read, Recipe, Source
+from dcompile.options import Options
+from dcompile.pipeline import Record, run
+from dcompile.policies import find_policy
+from dcompile.repeat import Run, runs_of
+from dcompile.runtime.loop import Runner
+from dcompile.runtime.writing import ArtifactWriter
+from dcompile.trace import Traced, fake_weights, trace
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+DEFAULT_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: its facts, how to trace it, and its tensors."""
+
+    spec: ModelSpec
+    recipes: Mapping[str, Recipe]
+    read: Read
+    runs: tuple[Run, ...]
+    build: Callable[[], nn.Module]
+    tokenizer: Mapping[str, bytes]
+    digest: str
+
+
+def compile_checkpoint(
+    path: str | Path, options: Options, out: Path, progress: Progress = log.info
+) -> Path:
+    """Compile a checkpoint (folder, model.pt, model.pt2) into the artifact `out`."""
+    return _compile(_open(Path(path), options), options, out, progress)
+
+
+def compile_module(module: nn.Module, options: Options, out: Path, progress: Progress = log.info) -> Path:
+    """Compile a user's own module `ids i64 [B, T] -> logits [B, T, V]`."""
+    return _compile(_of_module(module, options), options, out, progress)
+
+
+def compile_model(
+    model: nn.Module | str | Path, options: Options | None = None, *, out: str | Path | None = None, **changes: Any
+) -> Runner:
+    """Compile a module or a checkpoint's path, and load the result.
+
+    `changes` are fields of Options.  Without `out` the artifact lives in a temporary folder that goes
+    with the runner.  Raises DcompileError.
+    """
+    chosen = replace(options or Options(), **changes)
+    if out is not None:
+        made = _compile_any(model, chosen, Path(out))
+        return Runner.load(made)
+    with tempfile.TemporaryDirectory(prefix="dcompile-") as folder:
+        # The mapped weights keep their pages after the folder is gone.
+        return Runner.load(_compile_any(model, chosen, Path(folder) / "model.dcx"))
+
+
+def _compile_any(model: nn.Module | str | Path, options: Options, out: Path) -> Path:
+    if isinstance(model, nn.Module):
+        return compile_module(model, options, out)
+    return compile_checkpoint(model, options, out)
+
+
+def _compile(origin: Origin, options: Options, out: Path, progress: Progress) -> Path:
+    options.validate()
+    options = settle(options, origin.spec)
+    torch_dtype = getattr(torch, options.dtype)
+    program = _trace(origin, options, torch_dtype, progress)
+    traced = show(program)
+    check = _checker(options)
+    records = run(program, options, check, progress)
+    _check_block(program, options)
+    progress("lower")
+    lowered = lower(program)
+    progress("build kernels")
+    kernels = _kernels(lowered)
+    progress("write")
+    with ArtifactWriter(out) as writer:
+        writer.add_bytes("plan.json", _json(lowered.plan))
+        for name, data in _texts(program, lowered, traced, records, options).items():
+            writer.add_bytes(name, data.encode())
+        for name, data in kernels.items():
+            writer.add_bytes(name, data)
+        for name, data in origin.tokenizer.items():
+            writer.add_bytes(f"tokenizer/{name}", data)
+        writer.add_weights(stored_tensors(program, lowered, origin.read))
+        writer.finish(_manifest(origin, options, program, kernels))
+    return out
+
+
+def settle(options: Options, spec: ModelSpec) -> Options:
+    """Fill what the user left open from the family's defaults; raises OptionError on contradiction."""
+    given = spec.defaults
+    block = options.block_length or int(given.get("block_length", 32))  # type: ignore[call-overload]
+    cache = options.cache or str(given.get("cache", "none"))
+    if spec.block_length is not None:
+        if options.block_length not in (None, spec.block_length):
+            raise OptionError(
+                f"the model's blocks have {spec.block_length} positions, not {options.block_length}",
+                remedy=f"--block-length {spec.block_length}, or leave it out",
+            )
+        block = spec.block_length
+    length = options.max_length or min(spec.max_positions or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    if spec.max_positions is not None and length > spec.max_positions:
+        raise OptionError(
+            f"the model has {spec.max_positions} positions, not {length}",
+            remedy=f"--max-length {spec.max_positions}",
+        )
+    if block > length:
+        raise OptionError(
+            f"a block of {block} does not fit into {length} positions", remedy="a smaller --block-length"
+        )
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = str(spec.dtype).removeprefix("torch.")
+    return replace(
+        options,
+        target="cpu",
+        dtype=dtype,
+        block_length=block,
+        cache=cache,
+        max_length=length,
+        policy=options.policy or str(given.get("policy", "threshold")),
+    )
+
+
+def _open(path: Path, options: Options) -> Origin:
+    if path.suffix == ".pt2":
+        return _of_module(_load_exported(path), options)
+    from dcompile.frontends.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path, mask_id=options.mask_id)
+    spec = checkpoint.spec
+    if options.eos_ids is not None:
+        spec = replace(spec, eos_ids=options.eos_ids)
+    runs = runs_of(spec.layer_kinds)
+
+    def build_traced() -> nn.Module:
+        return checkpoint.build([r.layers[0] for r in runs])
+
+    return Origin(
+        spec,
+        checkpoint.recipes,
+        checkpoint.read,
+        runs,
+        build_traced,
+        checkpoint.tokenizer_files(),
+        checkpoint.digest(),
+    )
+
+
+def _load_exported(path: Path) -> nn.Module:
+    from dcompile.errors import CheckpointError
+
+    if not path.is_file():
+        raise CheckpointError("there is no such file", where=str(path))
+    try:
+        return torch.export.load(path).module()
+    except Exception as failure:
+        raise CheckpointError(
+            f"it is not an exported program: {type(failure).__name__}",
+            where=str(path),
+            remedy="save it with torch.export.save of this torch version",
+        ) from failure
+
+
+def _of_module(module: nn.Module, options: Options) -> Origin:
+    if options.mask_id is None:
+        raise ConfigError("a module does not say its mask token", remedy="--mask-id / mask_id=...")
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    spec = ModelSpec(
+        family="module",
+        vocab_size=0,
+        mask_id=options.mask_id,
+        eos_ids=options.eos_ids or (),
+        max_positions=None,
+        block_length=None,
+        shift=False,
+        dtype=max(set(floating), key=floating.count) if floating else torch.float32,
+        layer_kinds=(),
+        defaults={},
+    )
+    recipes = {name: Source(name) for name, _ in module.named_parameters()}
+    return Origin(
+        spec, recipes, lambda name: tensors[name].detach(), (), lambda: module, {}, "module"
+    )
+
+
+def _trace(origin: Origin, options: Options, dtype: torch.dtype, progress: Progress) -> Program:
+    progress("trace")
+    spec = origin.spec
+    assert options.max_length is not None and options.block_length is not None and options.policy
+    shape = StepShape(
+        slots=options.batch,
+        positions=options.max_length,
+        block_length=options.block_length,
+        mask_id=spec.mask_id,
+        dtype=dtype,
+        shift=spec.shift,
+    )
+    wanted = Traced(shape, find_policy(options.policy), origin.recipes, origin.runs)
+    if not origin.runs:
+        module = origin.build()
+        return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
+    with fake_weights():
+        module = origin.build()
+        return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
+
+
+def _check_block(program: Program, options: Options) -> None:
+    block = program.shape.model_block
+    if options.cache == "block" and block is None:
+        raise OptionError(
+            "cache 'block' is for block-causal models; this one attends in both directions",
+            remedy="--cache dual, prefix or none",
+        )
+    if block is not None and options.cache not in ("block", "none"):
+        raise OptionError(
+            f"cache {options.cache!r} is for models that attend in both directions; this one is "
+            f"block-causal in blocks of {block}",
+            remedy="--cache block, which is exact",
+        )
+    if block is not None and block != options.block_length:
+        raise OptionError(
+            f"the model's blocks have {block} positions, not {options.block_length}",
+            remedy=f"--block-length {block}",
+        )
+
+
+def _checker(options: Options):  # type: ignore[no-untyped-def]
+    if not options.check:
+        return None
+    from dcompile.check import Checker
+
+    return Checker()
+
+
+def _kernels(lowered: Lowered) -> dict[str, bytes]:
+    out = {f"kernels/{isa}/library.so": code for isa, code in build_library().items()}
+    if lowered.source:
+        for isa, code in build(emitted_sources(lowered.source)).items():
+            out[f"kernels/{isa}/step.so"] = code
+    return out
+
+
+def _json(value: object) -> bytes:
+    import json
+
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _texts(
+    program: Program, lowered: Lowered, traced: str, records: list[Record], options: Options
+) -> dict[str, str]:
+    out = {"stages/00_traced.txt": traced}
+    for i, record in enumerate(records, start=1):
+        out[f"stages/{i:02}_{record.name}.txt"] = record.text
+    out["kernels.cpp"] = lowered.source
+    out["report.txt"] = report(program, lowered, records)
+    out.update({f"kernels/source/{name}": text for name, text in library_sources().items()})
+    return out
+
+
+def _manifest(
+    origin: Origin, options: Options, program: Program, kernels: Mapping[str, bytes]
+) -> dict[str, Any]:
+    spec = origin.spec
+    assert options.policy is not None
+    policy = find_policy(options.policy)
+    threshold = spec.defaults.get("threshold")
+    parameters = dict(policy.parameters)
+    if threshold is not None and "threshold" in parameters:
+        parameters["threshold"] = float(threshold)  # type: ignore[arg-type]
+    if "steps" in parameters and options.block_length is not None:
+        parameters["steps"] = float(options.block_length)
+    vocab = spec.vocab_size or _vocabulary(program)
+    return {
+        "dcompile": version("dcompile"),
+        "target": "cpu",
+        "machine": platform.machine(),
+        "checkpoint": origin.digest,
+        "model": {
+            "family": spec.family,
+            "vocab_size": vocab,
+            "mask_id": spec.mask_id,
+            "eos_ids": list(spec.eos_ids),
+            "shift": spec.shift,
+            "block_length": program.shape.model_block,
+            "dtype": options.dtype,
+            "max_positions": spec.max_positions,
+        },
+        "options": options.record(),
+        "policy": {"name": policy.name, "parameters": parameters, "state": []},
+        "kernels": {
+            "isas": {
+                isa: {
+                    "requires": list(ISA_FLAGS[isa]),
+                    "files": [name for name in kernels if name.startswith(f"kernels/{isa}/")],
+                }
+                for isa in isas()
+            }
+        },
+    }
+
+
+def _vocabulary(program: Program) -> int:
+    """Rows of the embedding or of the vocabulary projection, for a module that does not say."""
+    from dcompile.ir import ops
+    from dcompile.ir.edit import value
+
+    for node in program.calls(ops.VOCAB_CHOICE):
+        return int(value(node.args[1]).shape[0])  # type: ignore[arg-type]
+    for node in program.calls(ops.CHOOSE):
+        return int(value(node.args[0]).shape[-1])  # type: ignore[arg-type]
+    raise AssertionError("a step chooses tokens")
