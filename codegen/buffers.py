@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from dcompile.codegen.cpu.emit import base
@@ -26,6 +27,7 @@ class Buffers:
 
     table: list[dict[str, Any]] = field(default_factory=list)
     index: dict[object, int] = field(default_factory=dict)
+    arguments: dict[Value, int | None] = field(default_factory=dict)  # of native launches
     slots: int = 0
 
 
@@ -55,9 +57,11 @@ class _Planner:
                 self._give_slot(node, free)
             for argument in launch.args:
                 if isinstance(argument, Value):
-                    self.argument(argument)
-            for node in launch.reads():
-                self.place(node)
+                    self.out.arguments[argument] = self.argument(argument)
+            if launch.kind == "aten":
+                for node in launch.reads():
+                    if isinstance(node.meta["val"], torch.Tensor):
+                        self.place(node)
             # A value nobody reads has its place during its own launch.
             for node in ending.get(at, []):
                 slot = self.out.table[self.out.index[node]]["place"].get("slot")
@@ -126,7 +130,8 @@ class _Planner:
         root = self.root(node)
         if root is not node:
             if root is not base(node):
-                return self.place(root)
+                self.out.index[node] = self.place(root)
+                return self.out.index[node]
             return self._view(node, node, self.place(root), 0, contiguous(self.shape(node)))
         item = self.program.input(node.name) if node.op == "placeholder" else None
         assert item is not None, f"{node.name} is computed by no launch"

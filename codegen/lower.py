@@ -105,23 +105,7 @@ def _argument(argument: Argument, buffers: Buffers) -> dict[str, Any]:
         return {"i": argument.value}
     if isinstance(argument, Float):
         return {"f": argument.value}
-    if argument.node is None:
-        return {"b": None}
-    for key in ((argument.node, argument.layout), (argument.node, argument.offset)):
-        if key in buffers.index and (argument.layout != "plain" or argument.offset):
-            return {"b": buffers.index[key]}
-    return {"b": buffers.index[_root(argument.node, buffers)]}
-
-
-def _root(node: Node, buffers: Buffers) -> Node:
-    """The value whose buffer a native launch is given: what is in memory behind views."""
-    if node in buffers.index:
-        return node
-    source = node.args[0]
-    assert isinstance(source, Node)
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "dcompile":
-        raise AssertionError(f"{node.name} has no buffer")
-    return _root(source, buffers)
+    return {"b": buffers.arguments[argument]}
 
 
 def _torch_argument(program: Program, argument: object, buffers: Buffers) -> Any:
