@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from dcompile.codegen.cpu.emit import base
@@ -60,8 +59,7 @@ class _Planner:
                     self.out.arguments[argument] = self.argument(argument)
             if launch.kind == "aten":
                 for node in launch.reads():
-                    if isinstance(node.meta["val"], torch.Tensor):
-                        self.place(node)
+                    self.place(node)
             # A value nobody reads has its place during its own launch.
             for node in ending.get(at, []):
                 slot = self.out.table[self.out.index[node]]["place"].get("slot")

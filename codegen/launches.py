@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch.fx import Node
 
 from dcompile.ir.sizes import Size
@@ -49,5 +50,6 @@ class Launch:
 
     def reads(self) -> list[Node]:
         if self.kind == "aten":
-            return list(self.node.all_input_nodes)
+            inputs = self.node.all_input_nodes
+            return [n for n in inputs if isinstance(n.meta["val"], torch.Tensor)]
         return [a.node for a in self.args if isinstance(a, Value) and a.node is not None]

@@ -50,6 +50,8 @@ class _Scheduler:
         for node in self.program.nodes():
             if node.op != "call_function" or node.target in VIEWS or node in self.absorbed:
                 continue
+            if isinstance(node.meta["val"], (int, torch.SymInt)):
+                continue  # a size is part of the arguments that use it
             if node in self.library:
                 self._close_before(self.library[node].reads())
                 self._library(node)

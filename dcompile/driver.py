@@ -190,7 +190,9 @@ def _load_exported(path: Path) -> nn.Module:
 def _of_module(module: nn.Module, options: Options) -> Origin:
     if options.mask_id is None:
         raise ConfigError("a module does not say its mask token", remedy="--mask-id / mask_id=...")
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    # Tied weights keep all their names.
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    tensors = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
     floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
     spec = ModelSpec(
         family="module",
@@ -204,7 +206,7 @@ def _of_module(module: nn.Module, options: Options) -> Origin:
         layer_kinds=(),
         defaults={},
     )
-    recipes = {name: Source(name) for name, _ in module.named_parameters()}
+    recipes = {name: Source(name) for name in parameters}
     return Origin(
         spec, recipes, lambda name: tensors[name].detach(), (), lambda: module, {}, "module"
     )

@@ -146,7 +146,8 @@ def _is_state(node: object) -> bool:
 
 
 def _dtypes(node: Node) -> set[torch.dtype]:
-    return {value(n).dtype for n in (node, *node.all_input_nodes) if "val" in n.meta}
+    values = (n.meta["val"] for n in (node, *node.all_input_nodes))
+    return {v.dtype for v in values if isinstance(v, torch.Tensor)}
 
 
 def base(node: Node) -> Node:
