@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,9 +94,7 @@ class Config:
         if default is not None and not self.given(key):
             return default
         value = self.values.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(key, "a positive number")
-        if not (math.isfinite(value) and value > 0):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise self.error(key, "a positive number")
         return float(value)
 

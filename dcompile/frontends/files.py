@@ -33,7 +33,8 @@ class Header:
 class Tensors(Protocol):
     """Where a checkpoint's tensors come from."""
 
-    headers: Mapping[str, Header]
+    @property
+    def headers(self) -> Mapping[str, Header]: ...
 
     def read(self, name: str) -> torch.Tensor: ...
 

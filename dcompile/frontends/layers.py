@@ -97,10 +97,16 @@ def rotary_table(ids: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first dimensions of x [B, T, H, K], as many as cos and sin have; in their dtype."""
     dim = cos.shape[-1]
-    turned = x[..., :dim].to(cos.dtype)
+    if dim < x.shape[-1]:
+        return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), -1)
+    turned = cast(x, cos.dtype)
     half = torch.cat((-turned[..., dim // 2 :], turned[..., : dim // 2]), -1)
-    turned = (turned * cos + half * sin).to(x.dtype)
-    return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), -1)
+    return cast(turned * cos + half * sin, x.dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the dtype; where it has it already, nothing, so that the trace has no empty casts."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def block_causal(ids: Tensor, block_length: int) -> Tensor:
@@ -163,7 +169,7 @@ class GroupedRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> each expert's weight, zero where not chosen: float32 [B, T, E]"""
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        scores = F.linear(cast(x, torch.float32), cast(self.weight, torch.float32)).sigmoid()
         biased = scores + self.expert_bias
         if self.sizes.groups > 1:
             biased = self.keep_best_groups(biased)
@@ -172,7 +178,9 @@ class GroupedRouter(nn.Module):
 
     def keep_best_groups(self, biased: Tensor) -> Tensor:
         """-inf outside the groups whose two best scores have the greatest sums: [B, T, E]"""
-        grouped = biased.unflatten(-1, (self.sizes.groups, -1))
+        batch, length, experts = biased.shape
+        groups = self.sizes.groups
+        grouped = biased.view(batch, length, groups, experts // groups)
         group_scores = grouped.topk(2, dim=-1).values.sum(-1)
         best = group_scores.topk(self.sizes.kept_groups, dim=-1).indices
         kept = torch.zeros_like(group_scores).scatter(-1, best, 1.0)
@@ -219,7 +227,7 @@ class MoE(nn.Module):
             self.shared_experts = GatedFFN(sizes.hidden, sizes.shared_inner, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.experts(x, self.gate(x).to(x.dtype))
+        out: Tensor = self.experts(x, cast(self.gate(x), x.dtype))
         return out + self.shared_experts(x) if self.shared else out
 
 
@@ -271,7 +279,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(ids)
         cos, sin = rotary_table(ids, self.sizes.rotary_dim, self.sizes.theta)
         if not self.sizes.rotate_in_float32:
-            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+            cos, sin = cast(cos, x.dtype), cast(sin, x.dtype)
         block_length = self.sizes.block_length
         mask = () if block_length is None else (block_causal(ids, block_length),)
         for layer in self.layers:

@@ -26,12 +26,13 @@ DEFAULTS = {"block_length": 64, "policy": "threshold", "cache": "dual", "thresho
 def read(config: Config) -> Definition:
     """The model that a `LLaDAMoEModelLM` config describes."""
     refuse_what_is_not_computed(config)
+    kinds = layer_kinds(config)
     model = LladaMoe(
         decoder=decoder_sizes(config),
         attention=attention_sizes(config),
         moe=moe_sizes(config),
-        dense_inner=config.size("dense_intermediate_size", 1),
-        layer_kinds=layer_kinds(config),
+        dense_inner=config.size("dense_intermediate_size") if "dense" in kinds else 0,
+        layer_kinds=kinds,
     )
     return Definition(
         family="llada_moe",
@@ -122,8 +123,6 @@ def layer_kinds(config: Config) -> tuple[str, ...]:
     each = frequency if isinstance(frequency, list) else [frequency] * count
     if len(each) != count or any(one not in (0, 1) for one in each):
         raise config.error("moe_layer_freq", f"0 or 1, or a list of {count} of them (one a layer)")
-    if 0 in each:
-        config.size("dense_intermediate_size")
     return tuple("moe" if one else "dense" for one in each)
 
 
