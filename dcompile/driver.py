@@ -53,7 +53,7 @@ def compile_checkpoint(
     path: str | Path, options: Options, out: Path, progress: Progress = log.info
 ) -> Path:
     """Compile a checkpoint (folder, model.pt, model.pt2) into the artifact `out`."""
-    return _compile(_open(Path(path), options), options, out, progress)
+    return _compile(open_origin(Path(path), options), options, out, progress)
 
 
 def compile_module(module: nn.Module, options: Options, out: Path, progress: Progress = log.info) -> Path:
@@ -88,7 +88,7 @@ def _compile(origin: Origin, options: Options, out: Path, progress: Progress) ->
     options.validate()
     options = settle(options, origin.spec)
     torch_dtype = getattr(torch, options.dtype)
-    program = _trace(origin, options, torch_dtype, progress)
+    program = trace_origin(origin, options, torch_dtype, progress)
     traced = show(program)
     check = _checker(options)
     records = run(program, options, check, progress)
@@ -147,7 +147,8 @@ def settle(options: Options, spec: ModelSpec) -> Options:
     )
 
 
-def _open(path: Path, options: Options) -> Origin:
+def open_origin(path: Path, options: Options) -> Origin:
+    """What a checkpoint is, without reading its tensors."""
     if path.suffix == ".pt2":
         return _of_module(_load_exported(path), options)
     from dcompile.frontends.checkpoint import open_checkpoint
@@ -212,7 +213,10 @@ def _of_module(module: nn.Module, options: Options) -> Origin:
     )
 
 
-def _trace(origin: Origin, options: Options, dtype: torch.dtype, progress: Progress) -> Program:
+def trace_origin(
+    origin: Origin, options: Options, dtype: torch.dtype, progress: Progress
+) -> Program:
+    """Trace with settled options; layers of one kind once, without their weights."""
     progress("trace")
     spec = origin.spec
     assert options.max_length is not None and options.block_length is not None and options.policy

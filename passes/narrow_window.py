@@ -24,7 +24,7 @@ class NarrowWindow:
     feed-forward, its queries) is computed for those rows, however many rows refresh keys and values.
     """
 
-    exactness = Exactness.EXACT
+    exactness = Exactness.ROUNDING
 
     def __call__(self, program: Program) -> int:
         sites = [n for n in program.calls(aten.index.Tensor) if _chooses_rows(n)]

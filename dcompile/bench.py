@@ -1,0 +1,195 @@
+"""Time an artifact's step beside eager PyTorch and torch.compile with the same rows and cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcompile.errors import OptionError
+from dcompile.floor import measure, step_cost
+from dcompile.options import Options
+from dcompile.runtime.loop import Runner
+
+Step = Callable[[Mapping[str, Tensor]], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant: milliseconds a forward, median and quartiles."""
+
+    name: str
+    median: float
+    low: float
+    high: float
+
+    def ratio(self, other: float) -> float:
+        return self.median / other
+
+
+@dataclass(frozen=True)
+class Table:
+    rows: list[Row]
+    floor: float  # milliseconds
+    context: int
+    window: int
+    threads: int
+    dtype: str
+
+    def text(self) -> str:
+        ours = next(r for r in self.rows if r.name == "artifact").median
+        lines = [
+            f"one forward, {self.window} rows at context {self.context}, {self.dtype}, "
+            f"{self.threads} thread(s); floor {self.floor:.2f} ms",
+            f"{'':28}{'ms':>9}{'quartiles':>18}{'x floor':>9}{'x artifact':>12}",
+        ]
+        for r in self.rows:
+            spread = f"{r.low:.2f}..{r.high:.2f}"
+            lines.append(
+                f"{r.name:28}{r.median:9.2f}{spread:>18}{r.ratio(self.floor):9.2f}{r.ratio(ours):12.2f}"
+            )
+        return "\n".join(lines) + "\n"
+
+    def json(self) -> dict[str, Any]:
+        return {**vars(self), "rows": [vars(r) for r in self.rows]}
+
+
+def step_inputs(
+    runner_inputs: Sequence[str], context: int, block: int, window: int, parameters: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """The inputs of one window iteration of one sequence whose block starts at `context - block`."""
+    start = context - block
+    first = context - window
+    rows = torch.arange(first, context)
+    one = torch.ones(1, dtype=torch.int64)
+    known = {
+        "row_seq": torch.zeros(window, dtype=torch.int64),
+        "row_pos": rows,
+        "row_limit": torch.full((window,), context),
+        "block_seq": one * 0,
+        "block_pos": torch.arange(start, context)[None],
+        "choice_row": torch.arange(start - first, context - first)[None],
+        "iteration": one * 0,
+        "entered": one * block,
+        "temperature": torch.zeros(1),
+        "seed": one * 0,
+        "tick": one * 0,
+        **{name: torch.full((1,), value) for name, value in parameters.items()},
+    }
+    return {name: known[name] for name in runner_inputs}
+
+
+def prepare(canvas: Tensor, context: int, block: int, mask_id: int, vocab: int) -> None:
+    """Random tokens, and a block of masks at the end: the same for every contestant."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab, (context,), generator=generator)
+    ids[ids == mask_id] = (mask_id + 1) % vocab
+    ids[context - block :] = mask_id
+    canvas[0, :context] = ids
+
+
+def paired(contestants: Mapping[str, Step], inputs: Mapping[str, Mapping[str, Tensor]], reset: Callable[[], None], rounds: int) -> list[Row]:
+    """Time the contestants in turn, round by round, after a warm-up each."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 2):
+        for name, step in contestants.items():
+            reset()
+            start = time.perf_counter()
+            step(inputs[name])
+            took = (time.perf_counter() - start) * 1e3
+            if turn >= 2:
+                times[name].append(took)
+    rows = []
+    for name, samples in times.items():
+        quarters = statistics.quantiles(samples, n=4)
+        rows.append(Row(name, statistics.median(samples), quarters[0], quarters[2]))
+    return rows
+
+
+def bench(
+    artifact: Path,
+    against: Sequence[str],
+    checkpoint: Path | None = None,
+    *,
+    context: int | None = None,
+    rounds: int = 15,
+    threads: int | None = None,
+) -> Table:
+    """The artifact's window step beside `against` ("eager", "compile", "plain"), in one process.
+
+    The rivals need the checkpoint; raises OptionError without it.
+    """
+    if against and checkpoint is None:
+        raise OptionError(
+            f"{', '.join(against)} need the checkpoint", remedy="--checkpoint PATH of this artifact"
+        )
+    runner = Runner.load(artifact, threads=threads)
+    manifest, plan = runner.artifact.manifest, runner.artifact.plan
+    options, model = manifest["options"], manifest["model"]
+    block = options["block_length"]
+    context = min(context or options["max_length"], options["max_length"])
+    threads = runner.executor.threads
+    torch.set_num_threads(threads)
+    parameters = manifest["policy"]["parameters"]
+    ours = step_inputs(list(plan.inputs), context, block, block, parameters)
+    contestants: dict[str, Step] = {"artifact": runner.executor.step}
+    inputs: dict[str, Mapping[str, Tensor]] = {"artifact": ours}
+    canvases = [runner.executor.state["canvas"]]
+    for name in against:
+        assert checkpoint is not None
+        step, canvas, needs = _rival(name, checkpoint, Options(**_options(options)))
+        contestants[name] = step
+        whole = context if name == "plain full forward" else block
+        inputs[name] = step_inputs(needs or list(ours), context, block, whole, parameters)
+        if canvas is not None:
+            canvases.append(canvas)
+
+    def reset() -> None:
+        for canvas in canvases:
+            prepare(canvas, context, block, model["mask_id"], model["vocab_size"])
+
+    rows = paired(contestants, inputs, reset, rounds)
+    machine = measure(getattr(torch, model["dtype"]), threads)
+    costs = step_cost(plan.text, block, 1, block, context)
+    floor = sum(c.seconds(machine) for c in costs) * 1e3
+    return Table(rows, floor, context, block, threads, model["dtype"])
+
+
+def _options(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    known = dict(recorded)
+    known["target"] = "auto"
+    if known.get("eos_ids") is not None:
+        known["eos_ids"] = tuple(known["eos_ids"])
+    return known
+
+
+def _rival(
+    name: str, checkpoint: Path, options: Options
+) -> tuple[Step, Tensor | None, list[str] | None]:
+    from dcompile.eager import eager_step
+
+    if name == "plain":
+        from dcompile.frontends.checkpoint import open_checkpoint
+
+        model = open_checkpoint(checkpoint, mask_id=options.mask_id).reference()
+        canvas = torch.zeros(1, options.max_length or 1, dtype=torch.int64)
+
+        def full(inputs: Mapping[str, Tensor]) -> Tensor:
+            end = int(inputs["row_limit"][0])
+            with torch.no_grad():
+                z = model(canvas[:, :end])[0, inputs["block_pos"][0]].float()
+                return torch.softmax(z, -1).max(-1).indices
+
+        return full, canvas, None
+    if name not in ("eager", "compile"):
+        raise OptionError(f"no rival is called {name!r}", remedy="one of eager, compile, plain")
+    rival = eager_step(checkpoint, options)
+    if name == "compile":
+        rival = rival.compiled()
+    return rival.step, rival.state["canvas"], None
