@@ -1,0 +1,132 @@
+"""The files of an artifact, mapped into memory: a folder, or a zip file of stored entries."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from dcompile.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+SUFFIX = ".dcx"
+_REMEDY = "compile the model again, or copy the artifact again from where it came"
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    NotImplementedError,
+    EOFError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    zlib.error,
+)
+
+
+def is_safe(name: str) -> bool:
+    """Whether a name stays inside the folder that it is relative to, on any system."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") for part in parts) and not set(name) & set("\\:\0")
+
+
+class Archive:
+    """Files by name; a read gives a view of the mapped bytes, shared with other processes."""
+
+    def read(self, name: str) -> memoryview:
+        raise NotImplementedError
+
+
+class Folder(Archive):
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._maps: dict[str, memoryview] = {}
+
+    def read(self, name: str) -> memoryview:
+        if name not in self._maps:
+            self._maps[name] = self._map(name)
+        return self._maps[name]
+
+    def _map(self, name: str) -> memoryview:
+        path = self.root
+        for part in name.split("/"):
+            path = path / part
+            # A link could name any file of the machine as part of the artifact.
+            if path.is_symlink():
+                raise self._broken("the artifact contains a link", path)
+        if not path.is_file():
+            raise self._broken("a file of the artifact is missing", path)
+        return _map(path)
+
+    def _broken(self, what: str, path: Path) -> ArtifactError:
+        return ArtifactError(what, where=str(path), remedy=_REMEDY)
+
+
+class ZipFile(Archive):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data = _map(path)
+        try:
+            with zipfile.ZipFile(path) as file:
+                self._spans: Mapping[str, tuple[int, int]] = {
+                    entry.filename: self._span(entry) for entry in file.infolist()
+                }
+        except _ZIP_ERRORS as error:
+            what = "the artifact is truncated or damaged: its directory cannot be read"
+            raise ArtifactError(what, where=str(path), remedy=_REMEDY) from error
+
+    def _span(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
+        name, size = entry.filename, entry.file_size
+        if not is_safe(name.rstrip("/")):
+            raise self._broken(f"an entry's name leaves the artifact: {name!r}")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != size:
+            raise self._broken(f"entry {name!r} is compressed; artifacts are stored")
+        if entry.flag_bits & 1:
+            raise self._broken(f"entry {name!r} is encrypted")
+        local = bytes(self._data[entry.header_offset : entry.header_offset + 30])
+        if len(local) < 30 or local[:4] != b"PK\3\4":
+            raise self._broken(f"entry {name!r} does not begin where the directory says")
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
+        if start + size > self._data.nbytes:
+            raise self._broken(f"entry {name!r} ends outside the file")
+        return start, start + size
+
+    def _broken(self, what: str) -> ArtifactError:
+        return ArtifactError(what, where=str(self.path), remedy=_REMEDY)
+
+    def read(self, name: str) -> memoryview:
+        if name not in self._spans:
+            raise self._broken(f"a file of the artifact is missing: {name}")
+        start, end = self._spans[name]
+        return self._data[start:end]
+
+
+def open_archive(path: Path) -> Archive:
+    """Open what is at `path`, or say why it cannot be an artifact."""
+    remedy = "name the folder or the .dcx file that `dcompile CHECKPOINT -o ...` wrote"
+    if not path.exists():
+        raise ArtifactError("there is no such artifact", where=str(path), remedy=remedy)
+    if path.is_dir():
+        if not (path / MANIFEST).is_file():
+            what = f"the folder is not an artifact: it has no {MANIFEST}"
+            raise ArtifactError(what, where=str(path), remedy=remedy)
+        return Folder(path)
+    if not path.is_file():
+        raise ArtifactError("this is neither a folder nor a file", where=str(path), remedy=remedy)
+    if bytes(_map(path)[:4]) != b"PK\3\4":
+        raise ArtifactError("the file is not an artifact", where=str(path), remedy=remedy)
+    return ZipFile(path)
+
+
+def _map(path: Path) -> memoryview:
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        what = f"the artifact cannot be read: {error.strerror or error}"
+        raise ArtifactError(what, where=str(path)) from error

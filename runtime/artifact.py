@@ -1,0 +1,178 @@
+"""Opens an artifact: refuses, with the reason, what this machine cannot run as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcompile.errors import ArtifactError
+from dcompile.runtime import weights
+from dcompile.runtime.archive import MANIFEST, Archive, is_safe, open_archive
+from dcompile.runtime.plan import Plan
+from dcompile.runtime.writing import FORMAT, ArtifactWriter, seal, write_artifact
+
+__all__ = ["Artifact", "ArtifactWriter", "open_artifact", "write_artifact"]
+
+_AGAIN = "compile the model again, or copy the artifact again from where it came"
+_HERE = "compile the model again on this machine"
+
+
+@dataclass
+class Artifact:
+    """A checked artifact; its files and tensors are views of the mapped bytes."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    plan: Plan
+    isa: str
+    _archive: Archive = field(repr=False)
+    _tensors: dict[str, weights.Entry] = field(default_factory=dict, repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The files, without the manifest."""
+        return tuple(self.manifest["files"])
+
+    def bytes(self, name: str) -> memoryview:
+        if name not in self.manifest["files"]:
+            raise ArtifactError(f"the artifact has no file {name!r}", where=str(self.path))
+        return self._archive.read(name)
+
+    def text(self, name: str) -> str:
+        try:
+            return str(self.bytes(name), "utf-8")
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{name} is not text", where=str(self.path)) from error
+
+    @property
+    def kernel_files(self) -> tuple[str, ...]:
+        """The shared libraries of the variant chosen for this machine."""
+        return tuple(self.manifest["kernels"]["isas"][self.isa]["files"])
+
+    @property
+    def tensors(self) -> Mapping[str, weights.Entry]:
+        return self._tensors
+
+    def weights(self, name: str) -> torch.Tensor:
+        """A weight or constant over the mapped file; it must not be written to."""
+        entry = self._tensors[name]
+        return weights.tensor(self.bytes(entry.file), entry)
+
+
+def open_artifact(path: str | Path, verify: bool = True) -> Artifact:
+    """Open and check; `verify=False` leaves out the hashes of the files, and nothing else."""
+    path = Path(path)
+    archive = open_archive(path)
+    manifest = _manifest(archive, path)
+    _check_files(archive, manifest, path, verify)
+    plan = Plan.read(_json(archive, "plan.json", path), f"{path}: plan.json")
+    isa = _choose_isa(manifest, path)
+    artifact = Artifact(path, manifest, plan, isa, archive)
+    for name, entry in _entries(artifact):
+        if name in artifact._tensors:
+            raise ArtifactError(f"tensor {name!r} is there twice", where=str(path), remedy=_AGAIN)
+        artifact._tensors[name] = entry
+    plan.check_weights({name: entry.bytes for name, entry in artifact._tensors.items()})
+    return artifact
+
+
+def _entries(artifact: Artifact) -> Iterator[tuple[str, weights.Entry]]:
+    for file in artifact.names:
+        if file.startswith("weights/") and file.endswith(".safetensors"):
+            yield from weights.entries(artifact.bytes(file), file)
+
+
+def _json(archive: Archive, name: str, path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(bytes(archive.read(name)))
+    except (ValueError, RecursionError) as error:
+        what = f"{name} is damaged: {error}"
+        raise ArtifactError(what, where=str(path), remedy=_AGAIN) from error
+    if not isinstance(body, dict):
+        raise ArtifactError(f"{name} is no JSON object", where=str(path), remedy=_AGAIN)
+    return body
+
+
+def _manifest(archive: Archive, path: Path) -> dict[str, Any]:
+    body = _json(archive, MANIFEST, path)
+
+    def refuse(what: str, remedy: str) -> ArtifactError:
+        return ArtifactError(what, where=str(path), remedy=remedy)
+
+    if "format" not in body or "dcompile" not in body:
+        raise refuse("this is not an artifact: its manifest is of something else", _AGAIN)
+    if body["format"] != FORMAT or isinstance(body["format"], bool):
+        what = f"the artifact has format {body['format']!r}, this dcompile reads {FORMAT}"
+        raise refuse(what, f"compile the model again (it was dcompile {body['dcompile']})")
+    if body.get("sha256") != seal(body):
+        raise refuse("the manifest is damaged or was altered", _AGAIN)
+    if body.get("target") != "cpu":
+        what = f"the artifact was compiled for {body.get('target')!r}, this runtime runs 'cpu'"
+        raise refuse(what, "compile the model again with --target cpu")
+    if body.get("machine") != platform.machine():
+        what = f"the artifact is for {body.get('machine')!r}, this machine is {platform.machine()}"
+        raise refuse(what, _HERE)
+    for key in ("model", "options", "policy", "kernels", "files"):
+        if not isinstance(body.get(key), dict):
+            raise refuse(f"the manifest has no {key!r}", _AGAIN)
+    return body
+
+
+def _check_files(archive: Archive, manifest: Mapping[str, Any], path: Path, verify: bool) -> None:
+    def check(item: tuple[str, Any]) -> None:
+        name, claim = item
+        where = f"{path}: {name}"
+        if not is_safe(name) or not isinstance(claim, dict):
+            raise ArtifactError("the manifest lists a file outside the artifact", where=where)
+        data = archive.read(name)
+        if data.nbytes != claim.get("bytes"):
+            what = f"a file has {data.nbytes} bytes, the manifest says {claim.get('bytes')}"
+            raise ArtifactError(what, where=where, remedy=_AGAIN)
+        if verify and hashlib.sha256(data).hexdigest() != claim.get("sha256"):
+            what = "a file is damaged or was altered: its hash differs from the manifest's"
+            raise ArtifactError(what, where=where, remedy=_AGAIN)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(check, manifest["files"].items()):
+            pass
+
+
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, in the kernel's words (`avx2`, `avx512_bf16`, `amx_bf16`, ...)."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def _choose_isa(manifest: Mapping[str, Any], path: Path) -> str:
+    isas, flags = manifest["kernels"].get("isas"), cpu_flags()
+    lacking: list[str] = []
+    try:
+        for isa, variant in isas.items():
+            missing = sorted(set(variant["requires"]) - flags)
+            unlisted = sorted(set(variant["files"]) - set(manifest["files"]))
+            if unlisted:
+                what = f"variant {isa!r} names a file that is not there: {unlisted[0]}"
+                raise ArtifactError(what, where=str(path), remedy=_AGAIN)
+            if not missing:
+                return str(isa)
+            lacking.append(f"{isa} needs {', '.join(missing)}")
+    except (AttributeError, KeyError, TypeError) as error:
+        what = "the manifest's list of kernels cannot be read"
+        raise ArtifactError(what, where=str(path), remedy=_AGAIN) from error
+    why = "; ".join(lacking) or "there is none"
+    what = f"no variant of the kernels runs on this processor: {why}"
+    raise ArtifactError(what, where=str(path), remedy=_HERE)

@@ -1,0 +1,274 @@
+"""Launches a plan: a native region is one call into the artifact's code, the rest is torch."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dcompile.errors import ArtifactError, ContractError
+from dcompile.runtime.artifact import Artifact
+from dcompile.runtime.plan import Launch, Size
+from dcompile.runtime.state import Binding, Memory
+from dcompile.runtime.weights import DTYPES
+
+Int64s = npt.NDArray[np.int64]
+_SMALL_MODEL = 4 << 20
+_POISON = 0xFF
+# The process's own table, as dlopen's is: a library once loaded stays, and keeps its descriptor.
+_libraries: dict[str, ctypes.CDLL] = {}
+
+
+@dataclass(frozen=True)
+class NativeCall:
+    """One region: an array of `Launch` of the kernel ABI, and the arguments that it points to."""
+
+    launches: Int64s
+    arguments: Int64s
+
+
+@dataclass(frozen=True)
+class TorchCall:
+    operator: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    writes: tuple[torch.Tensor | None, ...]
+    name: str
+
+    def __call__(self) -> None:
+        results = self.operator(*self.args, **self.kwargs)
+        if not isinstance(results, (tuple, list)):
+            results = (results,)
+        for result, target in zip(results, self.writes, strict=False):
+            # An operator that wrote in place returns what is already there.
+            if target is None or result.data_ptr() == target.data_ptr():
+                continue
+            if result.shape != target.shape:
+                what = f"it gave {list(result.shape)} for a buffer of {list(target.shape)}"
+                raise ContractError(what, where=f"launch {self.name} ({self.operator})")
+            target.copy_(result)
+
+
+class Executor:
+    """One artifact ready to run; `step` is one iteration, and changes the state in place.
+
+    `poison=True` fills the scratch with NaN before each step, so that nothing read was left there.
+    """
+
+    def __init__(
+        self, artifact: Artifact, threads: int | None = None, poison: bool = False
+    ) -> None:
+        self.plan = artifact.plan
+        self.memory = Memory(artifact)
+        self.threads = threads or _default_threads(artifact)
+        self._poison = poison
+        self._libraries = [_load(artifact, name) for name in artifact.kernel_files]
+        self._operators = [self._resolve(launch) for launch in self.plan.launches]
+        if any(native for native, *_ in self.plan.regions):
+            self._run = self._function("dc_run", ctypes.c_void_p, ctypes.c_int64)
+            self._run_timed = self._function(
+                "dc_run_timed", ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
+            )
+            self._set_threads = self._function("dc_set_threads", ctypes.c_int64)
+        else:
+            self._set_threads = _ignore
+        self._templates = [
+            _Template(self.plan.launches[start:end], self._operators[start:end])
+            for native, start, end in self.plan.regions
+            if native
+        ]
+
+    @property
+    def state(self) -> Mapping[str, torch.Tensor]:
+        return self.memory.state
+
+    def step(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Run one iteration; what it returns is overwritten by the next one."""
+        binding = self._fill(inputs)
+        self.launch(binding)
+        return binding.outputs
+
+    def time_step(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, float]]:
+        """Run one iteration and return each launch's name and seconds."""
+        binding = self._fill(inputs)
+        seconds = np.zeros(len(self.plan.launches))
+        self.launch(binding, seconds)
+        names = [launch.name for launch in self.plan.launches]
+        return list(zip(names, seconds.tolist(), strict=True))
+
+    def _fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
+        binding = self.bind(len(inputs["row_seq"]), len(inputs["block_seq"]))
+        for name, target in binding.inputs.items():
+            if inputs[name].shape != target.shape:
+                raise ValueError(f"input {name} has shape {tuple(inputs[name].shape)}")
+            target.copy_(inputs[name])
+        return binding
+
+    def bind(self, R: int, B: int) -> Binding:
+        """The buffers for R rows of B sequences, with every call over them prepared."""
+        binding = self.memory.bind(R, B)
+        if binding.calls is None:
+            templates = iter(self._templates)
+            binding.calls = [
+                next(templates).bind(binding) if native else self._torch_calls(binding, start, end)
+                for native, start, end in self.plan.regions
+            ]
+        return binding
+
+    def launch(self, binding: Binding, seconds: npt.NDArray[np.float64] | None = None) -> None:
+        """Run the plan over bound buffers; `seconds` takes the time of each launch."""
+        if self._poison:
+            binding.arena.fill_(_POISON)
+        self._set_threads(self.threads)
+        for (_, start, end), call in zip(self.plan.regions, binding.calls, strict=True):
+            if not isinstance(call, NativeCall):
+                self._run_torch(call, None if seconds is None else seconds[start:end])
+            elif seconds is None:
+                self._run(call.launches.ctypes.data, end - start)
+            else:
+                address = seconds[start:end].ctypes.data
+                self._run_timed(call.launches.ctypes.data, end - start, address)
+
+    def _run_torch(self, calls: list[TorchCall], seconds: npt.NDArray[np.float64] | None) -> None:
+        with torch.inference_mode(), _torch_threads(self.threads):
+            for index, call in enumerate(calls):
+                began = perf_counter() if seconds is not None else 0.0
+                call()
+                if seconds is not None:
+                    seconds[index] = perf_counter() - began
+
+    def _torch_calls(self, binding: Binding, start: int, end: int) -> list[TorchCall]:
+        def value(arg: Any) -> Any:
+            if isinstance(arg, list):
+                return [value(item) for item in arg]
+            if not isinstance(arg, dict):
+                return arg
+            ((kind, inner),) = arg.items()
+            if kind == "b":
+                return None if inner is None else binding.tensor(inner)
+            if kind == "i":
+                return inner(binding.R, binding.B)
+            return DTYPES[inner] if kind == "dtype" else inner
+
+        return [
+            TorchCall(
+                operator,
+                [value(arg) for arg in launch.args],
+                {key: value(arg) for key, arg in launch.kwargs.items()},
+                tuple(None if i is None else binding.tensor(i) for i in launch.writes),
+                launch.name,
+            )
+            for launch, operator in zip(
+                self.plan.launches[start:end], self._operators[start:end], strict=True
+            )
+        ]
+
+    def _resolve(self, launch: Launch) -> Any:
+        """A kernel's address, or a torch operator."""
+        if launch.native:
+            for library in self._libraries:
+                if hasattr(library, launch.kernel):
+                    return ctypes.cast(getattr(library, launch.kernel), ctypes.c_void_p).value
+            what = f"the plan launches kernel {launch.kernel!r}, which the artifact lacks"
+            raise ArtifactError(what, where=launch.name, remedy="compile the model again")
+        try:
+            namespace, name, overload = launch.kernel.split(".")
+            if namespace != "aten":
+                raise AttributeError(namespace)
+            return getattr(getattr(torch.ops.aten, name), overload)
+        except (AttributeError, ValueError) as error:
+            what = f"torch {torch.__version__} has no operator {launch.kernel!r}"
+            remedy = "compile the model again with this torch"
+            raise ArtifactError(what, where=launch.name, remedy=remedy) from error
+
+    def _function(self, name: str, *types: Any) -> Callable[..., None]:
+        for library in self._libraries:
+            if hasattr(library, name):
+                function = getattr(library, name)
+                function.argtypes, function.restype = types, None
+                return function  # type: ignore[no-any-return]
+        raise ArtifactError(f"the artifact's code lacks {name!r}", remedy="compile the model again")
+
+
+class _Template:
+    """A native region's arguments as `fixed + rows * R + sequences * B + address of buffer`."""
+
+    def __init__(self, launches: Sequence[Launch], functions: Sequence[int]) -> None:
+        sizes: list[Size] = []
+        self._buffers: list[tuple[int, int]] = []
+        self._starts = []
+        for launch in launches:
+            self._starts.append(len(sizes))
+            for arg in launch.args:
+                ((kind, value),) = arg.items()
+                if kind == "b" and value is not None:
+                    self._buffers.append((len(sizes), value))
+                if kind == "f":
+                    value = Size(0, 0, int(np.float64(value).view(np.int64)))
+                sizes.append(value if isinstance(value, Size) else Size(0, 0, 0))
+        self._rows, self._sequences, self._fixed = (
+            np.array([getattr(size, key) for size in sizes], dtype=np.int64)
+            for key in ("rows", "sequences", "fixed")
+        )
+        self._functions = np.array(functions, dtype=np.uint64).view(np.int64)
+
+    def bind(self, binding: Binding) -> NativeCall:
+        arguments = self._fixed + self._rows * binding.R + self._sequences * binding.B
+        for index, buffer in self._buffers:
+            arguments[index] = binding.address(buffer)
+        addresses = np.array(self._starts, dtype=np.int64) * 8 + arguments.ctypes.data
+        launches = np.ascontiguousarray(np.stack([self._functions, addresses], axis=1))
+        return NativeCall(launches, arguments)
+
+
+def _load(artifact: Artifact, name: str) -> ctypes.CDLL:
+    code = artifact.bytes(name)
+    # Hashed whatever `verify` said: equal code is loaded once, and only by what it really is.
+    digest = hashlib.sha256(code).hexdigest()
+    if digest not in _libraries:
+        descriptor = os.memfd_create(name.replace("/", "."))
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(code)
+            _libraries[digest] = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        except OSError as error:
+            os.close(descriptor)
+            what = f"the artifact's code cannot be loaded: {error}"
+            remedy = "compile the model again on this machine"
+            raise ArtifactError(what, where=name, remedy=remedy) from error
+    return _libraries[digest]
+
+
+def _default_threads(artifact: Artifact) -> int:
+    hint = artifact.manifest["options"].get("threads")
+    if isinstance(hint, int) and hint > 0:
+        return hint
+    if sum(entry.bytes for entry in artifact.tensors.values()) < _SMALL_MODEL:
+        return 1
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before == threads:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _ignore(threads: int) -> None:
+    """Where no native code runs, nobody needs to know."""

@@ -1,0 +1,333 @@
+"""The loop: blocks left to right, every sequence on its own clock, all of them in one step."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dcompile.errors import ArtifactError, ContractError
+from dcompile.runtime.artifact import Artifact, open_artifact
+from dcompile.runtime.caches import CachePolicy, Moment, cache_policy
+from dcompile.runtime.launch import Executor
+from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
+from dcompile.runtime.state import Binding
+from dcompile.runtime.tokens import Tokenizer
+
+Ints = npt.NDArray[np.int64]
+OnBlock = Callable[[int, list[int]], None]
+"""Takes the index of a prompt and the tokens that its latest block generated."""
+_ROWS = ("row_seq", "row_pos", "row_limit")
+_BLOCKS = ("block_seq", "block_pos", "choice_row")
+_CLOCKS = ("iteration", "entered", "temperature", "seed", "tick")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one prompt yielded."""
+
+    tokens: list[int]
+    """Generated ids before the first end of sequence."""
+    all_tokens: list[int]
+    """The ids of every generated position."""
+    text: str | None
+    """`tokens` as text; None where the artifact has no tokenizer."""
+    forwards: int
+    """Iterations that this prompt took part in."""
+    tokens_per_forward: float
+    """Positions decoded per iteration, filled-in ends of sequence not counted."""
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass
+class _Sequence:
+    """A prompt being served: its place in the batch and its own clock."""
+
+    index: int
+    prompt: int
+    end: int
+    """Where the generated positions end; the sequence itself may go on to a whole block."""
+    total: int
+    slot: int
+    canvas: Ints
+    limits: Ints
+    seed: int
+    block: int
+    entered: int = 0
+    iteration: int = 0
+    tick: int = 0
+    previous: int | None = None
+    decoded: int = 0
+    began: float = field(default_factory=perf_counter)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `generate`, checked."""
+
+    prompts: list[list[int]]
+    gen_length: int
+    temperature: float
+    seeds: list[int]
+    early_stop: bool
+    parameters: Mapping[str, float]
+    on_block: OnBlock | None
+
+
+class Runner:
+    """A loaded artifact: prompts in, tokens out."""
+
+    def __init__(self, artifact: Artifact, executor: Executor) -> None:
+        self.artifact, self.executor = artifact, executor
+        where = str(artifact.path)
+        self.limits = Limits.read(artifact.manifest, artifact.plan.sizes, where)
+        self.cache: CachePolicy = cache_policy(artifact.manifest["options"], self.limits.span)
+        self.tokenizer = Tokenizer(artifact)
+        self._lock = Lock()
+        self._positions = np.arange(self.limits.max_length + 1, dtype=np.int64)
+        self._canvas: Ints = _canvas(executor, self.limits, where)
+        self._scrubbed = _policy_state(artifact, executor)
+        known = {*_ROWS, *_BLOCKS, *_CLOCKS, *self.limits.parameters}
+        if unknown := sorted(set(artifact.plan.inputs) - known):
+            what = f"the plan has an input that nothing provides: {unknown[0]!r}"
+            raise ArtifactError(what, where=where, remedy="compile the model again")
+        if "done" not in artifact.plan.outputs:
+            raise ArtifactError("the plan has no output 'done'", where=where)
+
+    @classmethod
+    def load(cls, path: str | Path, *, verify: bool = True, threads: int | None = None) -> Self:
+        """Open an artifact; `verify=False` does not hash its files."""
+        artifact = open_artifact(path, verify)
+        return cls(artifact, Executor(artifact, threads))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        gen_length: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        early_stop: bool = True,
+        chat: bool = False,
+        on_block: OnBlock | None = None,
+        **parameters: float,
+    ) -> list[Result]:
+        """Decode every prompt, in as many slots as were compiled; results in the prompts' order.
+
+        `parameters` are those of the compiled policy (`threshold`, `steps`, ...). A prompt's result
+        depends neither on the prompts beside it nor on the slots: equal prompts are samples of
+        one stream each. An empty prompt is served: everything is generated.
+        """
+        self.limits.check_length(gen_length)
+        check_temperature(temperature)
+        check_seed(seed)
+        given = self.limits.parameters_of(parameters)
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a sequence of prompts, not one text")
+        ids = [self._ids(prompt, chat) for prompt in prompts]
+        for index, prompt in enumerate(ids):
+            self.limits.check_prompt(prompt, gen_length, index)
+        seen: Counter[tuple[int, ...]] = Counter()
+        seeds = []
+        for prompt in ids:
+            seeds.append(stream(seed, seen[tuple(prompt)]))
+            seen[tuple(prompt)] += 1
+        call = _Call(ids, gen_length, temperature, seeds, early_stop, given, on_block)
+        with self._lock:
+            return self._serve(call)
+
+    def _ids(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, chat)
+        if isinstance(prompt, (torch.Tensor, np.ndarray)):
+            return [int(token) for token in prompt.reshape(-1)]
+        return list(prompt)
+
+    def _serve(self, call: _Call) -> list[Result]:
+        results: dict[int, Result] = {}
+        waiting = deque(range(len(call.prompts)))
+        free = list(range(self.limits.batch))[::-1]
+        active: list[_Sequence] = []
+        while waiting or active:
+            while waiting and free:
+                active.append(self._admit(call, waiting.popleft(), free.pop()))
+            done = self._step(call, active)
+            staying = []
+            for sequence, complete in zip(active, done, strict=True):
+                if self._advance(call, sequence, complete):
+                    results[sequence.index] = self._result(sequence)
+                    free.append(sequence.slot)
+                else:
+                    staying.append(sequence)
+            active = staying
+        return [results[index] for index in range(len(call.prompts))]
+
+    def _admit(self, call: _Call, index: int, slot: int) -> _Sequence:
+        prompt = call.prompts[index]
+        total = self.limits.total(len(prompt), call.gen_length)
+        canvas = self._canvas[slot]
+        canvas[: len(prompt)] = prompt
+        canvas[len(prompt) :] = self.limits.mask_id
+        positions = self._positions[:total]
+        span = self.limits.span or total
+        for state, _ in self._scrubbed:
+            state[slot].zero_()
+        sequence = _Sequence(
+            index=index,
+            prompt=len(prompt),
+            end=len(prompt) + call.gen_length,
+            total=total,
+            slot=slot,
+            canvas=canvas,
+            limits=np.minimum((positions // span + 1) * span, total),
+            seed=call.seeds[index],
+            block=self.limits.begin(len(prompt)),
+        )
+        self._enter(sequence)
+        return sequence
+
+    def _enter(self, sequence: _Sequence) -> None:
+        block = sequence.canvas[sequence.block : sequence.block + self.limits.block_length]
+        sequence.entered = int((block == self.limits.mask_id).sum())
+        sequence.iteration = 0
+        for state, each_block in self._scrubbed:
+            if each_block:
+                state[sequence.slot].zero_()
+
+    def _rows(self, sequence: _Sequence) -> tuple[int, int]:
+        moment = Moment(
+            begin=sequence.block,
+            end=sequence.block + self.limits.block_length,
+            total=sequence.total,
+            iteration=sequence.iteration,
+            tick=sequence.tick,
+            previous=sequence.previous,
+            span=self.limits.span,
+        )
+        first, last = self.cache(moment)
+        # A shifted model chooses a block's first token by the row before it.
+        return min(first, max(sequence.block - self.limits.shift, 0)), last
+
+    def _step(self, call: _Call, active: Sequence[_Sequence]) -> list[bool]:
+        rows = [self._rows(sequence) for sequence in active]
+        binding = self.executor.bind(sum(last - first for first, last in rows), len(active))
+        at = 0
+        for place, (sequence, (first, last)) in enumerate(zip(active, rows, strict=True)):
+            self._fill(binding, place, at, sequence, first, last)
+            at += last - first
+        for name, value in call.parameters.items():
+            if name in binding.arrays:
+                binding.arrays[name].fill(value)
+        if "temperature" in binding.arrays:
+            binding.arrays["temperature"].fill(call.temperature)
+        self.executor.launch(binding)
+        done: list[bool] = binding.outputs["done"].tolist()
+        return done
+
+    def _fill(
+        self, binding: Binding, place: int, at: int, sequence: _Sequence, first: int, last: int
+    ) -> None:
+        """Write one sequence's rows and clocks into the inputs, those that the plan reads."""
+        begin, end = sequence.block, sequence.block + self.limits.block_length
+        chosen = self._positions[begin:end]
+        if self.limits.shift:
+            chosen = np.maximum(chosen - 1, 0)
+        values: dict[str, Any] = {
+            "row_seq": sequence.slot,
+            "row_pos": self._positions[first:last],
+            "row_limit": sequence.limits[first:last],
+            "block_seq": sequence.slot,
+            "block_pos": self._positions[begin:end],
+            "choice_row": chosen + (at - first),
+            "iteration": sequence.iteration,
+            "entered": sequence.entered,
+            "seed": sequence.seed,
+            "tick": sequence.tick,
+        }
+        arrays = binding.arrays
+        for name, value in values.items():
+            if name in arrays:
+                where = slice(at, at + last - first) if name in _ROWS else place
+                arrays[name][where] = value
+
+    def _advance(self, call: _Call, sequence: _Sequence, complete: bool) -> bool:
+        """Count an iteration, go on to the next block where one is complete; True at the end."""
+        sequence.tick += 1
+        sequence.iteration += 1
+        if not complete:
+            bound = sequence.entered + int(call.parameters.get("post_steps", 0)) + 1
+            if sequence.iteration >= bound:
+                what = f"a block of {sequence.entered} masks is not done after {bound} iterations"
+                where = f"prompt {sequence.index}, position {sequence.block}"
+                raise ContractError(what, where=where, remedy="report this as a bug of dcompile")
+            return False
+        begin = max(sequence.block, sequence.prompt)
+        end = min(sequence.block + self.limits.block_length, sequence.end)
+        sequence.decoded += end - begin
+        stopped = call.early_stop and self._stop(sequence, end)
+        if call.on_block is not None:
+            call.on_block(sequence.index, sequence.canvas[begin:end].tolist())
+        if stopped or end == sequence.end:
+            return True
+        sequence.previous = sequence.block
+        sequence.block += self.limits.block_length
+        self._enter(sequence)
+        return False
+
+    def _stop(self, sequence: _Sequence, end: int) -> bool:
+        """Fill everything after a first end of sequence with it, and say whether there is one."""
+        at = self._first_eos(sequence.canvas[sequence.prompt : end].tolist())
+        if at is None:
+            return False
+        at += sequence.prompt
+        sequence.canvas[at : sequence.end] = sequence.canvas[at]
+        return True
+
+    def _first_eos(self, tokens: Sequence[int]) -> int | None:
+        eos = self.limits.eos_ids
+        return next((at for at, token in enumerate(tokens) if token in eos), None)
+
+    def _result(self, sequence: _Sequence) -> Result:
+        seconds = perf_counter() - sequence.began
+        generated: list[int] = sequence.canvas[sequence.prompt : sequence.end].tolist()
+        tokens = generated[: self._first_eos(generated)]
+        return Result(
+            tokens=tokens,
+            all_tokens=generated,
+            text=self.tokenizer.decode(tokens) if self.tokenizer.present else None,
+            forwards=sequence.tick,
+            tokens_per_forward=sequence.decoded / sequence.tick,
+            seconds=seconds,
+            tokens_per_second=len(tokens) / seconds if seconds > 0 else 0.0,
+        )
+
+
+def _canvas(executor: Executor, limits: Limits, where: str) -> Ints:
+    canvas = executor.state.get("canvas")
+    if canvas is None or canvas.shape != (limits.batch, limits.max_length):
+        raise ArtifactError("the plan has no canvas of slots and positions", where=where)
+    if canvas.dtype != torch.int64:
+        raise ArtifactError("the plan's canvas does not hold 64-bit ids", where=where)
+    return np.asarray(canvas)
+
+
+def _policy_state(artifact: Artifact, executor: Executor) -> list[tuple[torch.Tensor, bool]]:
+    """State that a request must not inherit, each with whether a block must not either."""
+    resets = {
+        item["name"]: item.get("reset", "block")
+        for item in artifact.manifest["policy"].get("state", ())
+    }
+    return [
+        (state, resets.get(name) == "block")
+        for name, state in executor.state.items()
+        if name != "canvas" and not name.startswith(("keys.", "values."))
+    ]

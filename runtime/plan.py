@@ -1,0 +1,299 @@
+"""The plan: what is launched over which buffers, read from plan.json and checked before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any, Literal
+
+from dcompile.errors import ArtifactError
+from dcompile.runtime.weights import DTYPES
+
+SYMBOLS = ("R", "B")
+_LARGEST = 1 << 48
+_REMEDY = "compile the model again"
+
+
+@dataclass(frozen=True)
+class Size:
+    """An affine size: rows * R + sequences * B + fixed."""
+
+    rows: int
+    sequences: int
+    fixed: int
+
+    def __call__(self, R: int, B: int) -> int:
+        return self.rows * R + self.sequences * B + self.fixed
+
+
+@dataclass(frozen=True)
+class Buffer:
+    name: str
+    dtype: str
+    shape: tuple[Size, ...]
+    kind: Literal["weight", "state", "input", "slot", "view"]
+    tensor: str = ""
+    slot: int = -1
+    base: int = -1
+    offset: Size = Size(0, 0, 0)
+    strides: tuple[Size, ...] = ()
+
+    def extent(self, R: int, B: int) -> tuple[int, ...]:
+        return tuple(size(R, B) for size in self.shape)
+
+    def bytes(self, R: int, B: int) -> int:
+        return prod(self.extent(R, B)) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Launch:
+    name: str
+    kernel: str
+    native: bool
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    writes: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Buffers, launches and the runs of launches that go to native code in one call."""
+
+    text: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    buffers: tuple[Buffer, ...]
+    slots: int
+    launches: tuple[Launch, ...]
+    regions: tuple[tuple[bool, int, int], ...]
+    inputs: Mapping[str, int]
+    state: Mapping[str, int]
+    outputs: Mapping[str, int]
+
+    @staticmethod
+    def read(text: Mapping[str, Any], where: str) -> Plan:
+        return _Reader(text, where).plan()
+
+    def corners(self) -> Iterator[tuple[int, int]]:
+        """The smallest and largest (R, B): an affine size that is sound there is so between."""
+        slots = self.sizes["N"]
+        return product((1, slots * self.sizes["L"]), (1, slots))
+
+    def check_weights(self, present: Mapping[str, int]) -> None:
+        """Each weight that a buffer names is there, and has at least the bytes that it declares."""
+        for buffer in self.buffers:
+            if buffer.kind != "weight":
+                continue
+            if buffer.tensor not in present:
+                what = f"the plan needs tensor {buffer.tensor!r}, which no weight file has"
+                raise ArtifactError(what, where=f"buffer {buffer.name}", remedy=_REMEDY)
+            if present[buffer.tensor] < buffer.bytes(1, 1):
+                what = (
+                    f"tensor {buffer.tensor!r} has {present[buffer.tensor]} bytes, "
+                    f"the plan needs {buffer.bytes(1, 1)}"
+                )
+                raise ArtifactError(what, where=f"buffer {buffer.name}", remedy=_REMEDY)
+
+
+class _Reader:
+    """Turns JSON into a Plan; every complaint says where in the plan it is."""
+
+    def __init__(self, text: Mapping[str, Any], where: str) -> None:
+        self.text, self.where = text, where
+
+    def broken(self, what: str, part: str = "") -> ArtifactError:
+        where = f"{self.where}: {part}" if part else self.where
+        return ArtifactError(f"the plan is damaged: {what}", where=where, remedy=_REMEDY)
+
+    def plan(self) -> Plan:
+        text = self.text
+        try:
+            if not set(text["symbols"]) <= set(SYMBOLS):
+                raise self.broken(f"unknown symbols {text['symbols']}")
+            sizes = {key: self._count(value, f"size {key}") for key, value in text["sizes"].items()}
+            if any(sizes.get(key, 0) < 1 for key in "NLn"):
+                raise self.broken("it does not give sizes N, L and n")
+            buffers = tuple(map(self._buffer, text["buffers"]))
+            launches = tuple(self._launch(item, len(buffers)) for item in text["launches"])
+            plan = Plan(
+                text=text,
+                sizes=sizes,
+                buffers=buffers,
+                slots=self._count(text["slots"], "slots"),
+                launches=launches,
+                regions=self._regions(launches),
+                inputs=self._names("inputs", buffers),
+                state=self._names("state", buffers),
+                outputs=self._names("outputs", buffers),
+            )
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise self.broken(f"a field is missing or of another type ({error!r})") from error
+        self._check(plan)
+        return plan
+
+    def _count(self, value: Any, part: str) -> int:
+        if type(value) is not int or not 0 <= value < _LARGEST:
+            raise self.broken(f"{value!r} is no count", part)
+        return value
+
+    def _size(self, value: Any, part: str) -> Size:
+        terms = {"": value} if type(value) is int else value
+        if (
+            not isinstance(terms, dict)
+            or not set(terms) <= {*SYMBOLS, ""}
+            or any(type(term) is not int or abs(term) >= _LARGEST for term in terms.values())
+        ):
+            raise self.broken(f"{value!r} is not affine in R and B", part)
+        return Size(terms.get("R", 0), terms.get("B", 0), terms.get("", 0))
+
+    def _buffer(self, item: Mapping[str, Any]) -> Buffer:
+        name, place = str(item["name"]), item["place"]
+        part, kind = f"buffer {name}", place["kind"]
+        if item["dtype"] not in DTYPES:
+            raise self.broken(f"unknown dtype {item['dtype']!r}", part)
+        if kind not in ("weight", "constant", "state", "input", "slot", "view"):
+            raise self.broken(f"unknown place {kind!r}", part)
+        return Buffer(
+            name=name,
+            dtype=item["dtype"],
+            shape=tuple(self._size(size, part) for size in item["shape"]),
+            kind="weight" if kind == "constant" else kind,
+            tensor=str(place["tensor"]) if kind in ("weight", "constant") else "",
+            slot=self._count(place["slot"], part) if kind == "slot" else -1,
+            base=self._count(place["of"], part) if kind == "view" else -1,
+            offset=self._size(place.get("offset", 0), part),
+            strides=tuple(self._size(stride, part) for stride in place.get("strides", ())),
+        )
+
+    def _launch(self, item: Mapping[str, Any], buffers: int) -> Launch:
+        kernel, where = str(item["kernel"]), item["where"]
+        part = f"launch {item['name']} ({kernel})"
+        if where not in ("native", "aten"):
+            raise self.broken(f"it runs neither native nor as aten but {where!r}", part)
+        launch = Launch(
+            name=str(item["name"]),
+            kernel=kernel,
+            native=where == "native",
+            args=[self._argument(arg, buffers, part) for arg in item["args"]],
+            kwargs={
+                key: self._argument(arg, buffers, part)
+                for key, arg in item.get("kwargs", {}).items()
+            },
+            writes=tuple(item["writes"]),
+        )
+        for written in launch.writes:
+            if written is not None and (type(written) is not int or not 0 <= written < buffers):
+                raise self.broken(f"it writes buffer {written!r}, which is not there", part)
+        if launch.native and not all(
+            isinstance(arg, dict) and arg.keys() & {"b", "i", "f"} for arg in launch.args
+        ):
+            raise self.broken("a native argument is no buffer, size or number", part)
+        return launch
+
+    def _argument(self, arg: Any, buffers: int, part: str) -> Any:
+        """The argument with its sizes read; everything else as it stands."""
+        if isinstance(arg, list):
+            return [self._argument(item, buffers, part) for item in arg]
+        if not isinstance(arg, dict):
+            return arg
+        if len(arg) != 1:
+            raise self.broken(f"cannot read argument {arg!r}", part)
+        ((kind, value),) = arg.items()
+        if kind == "i":
+            return {"i": self._size(value, part)}
+        if kind == "b" and (value is None or (type(value) is int and 0 <= value < buffers)):
+            return arg
+        if kind == "f" and type(value) in (int, float):
+            return {"f": float(value)}
+        if kind == "dtype" and value in DTYPES:
+            return arg
+        if kind == "device" and value == "cpu":
+            return arg
+        raise self.broken(f"cannot read argument {arg!r}", part)
+
+    def _regions(self, launches: Sequence[Launch]) -> tuple[tuple[bool, int, int], ...]:
+        regions, at = [], 0
+        for item in self.text["regions"]:
+            native, start, end = item["kind"] == "native", item["start"], item["end"]
+            if start != at or not start <= end <= len(launches):
+                raise self.broken("the regions do not cover the launches one after another")
+            if any(launch.native != native for launch in launches[start:end]):
+                raise self.broken(f"region {start}:{end} mixes native and aten launches")
+            regions.append((native, start, end))
+            at = end
+        if at != len(launches):
+            raise self.broken("the regions do not cover the launches one after another")
+        return tuple(regions)
+
+    def _names(self, key: str, buffers: Sequence[Buffer]) -> dict[str, int]:
+        names: dict[str, int] = self.text[key]
+        for name, index in names.items():
+            if self._count(index, f"{key} {name}") >= len(buffers):
+                raise self.broken(f"buffer {index} is not there", f"{key} {name}")
+            kind = buffers[index].kind
+            if kind != {"inputs": "input", "state": "state"}.get(key, kind):
+                raise self.broken(f"buffer {buffers[index].name} is placed as {kind}", key)
+        return dict(names)
+
+    def _check(self, plan: Plan) -> None:
+        for index, buffer in enumerate(plan.buffers):
+            part = f"buffer {buffer.name}"
+            self._check_shape(plan, buffer, part)
+            if buffer.kind == "slot" and buffer.slot >= plan.slots:
+                raise self.broken(f"slot {buffer.slot} of {plan.slots}", part)
+            if buffer.kind == "view":
+                self._check_view(plan, index, part)
+            if buffer.kind == "input" and index not in plan.inputs.values():
+                raise self.broken("an input buffer has no input", part)
+            if buffer.kind == "state" and index not in plan.state.values():
+                raise self.broken("a state buffer has no state", part)
+        for launch in plan.launches:
+            for written in launch.writes:
+                if written is None:
+                    continue
+                if plan.buffers[base_of(plan.buffers, written)].kind == "weight":
+                    raise self.broken("it writes to a weight", f"launch {launch.name}")
+
+    def _check_shape(self, plan: Plan, buffer: Buffer, part: str) -> None:
+        for R, B in plan.corners():
+            extent = buffer.extent(R, B)
+            if min(extent, default=0) < 0 or buffer.bytes(R, B) >= _LARGEST:
+                raise self.broken(f"shape {list(extent)} at R={R} B={B}", part)
+        if buffer.kind in ("weight", "state") and any(s.rows or s.sequences for s in buffer.shape):
+            raise self.broken(f"the shape of a {buffer.kind} depends on the rows", part)
+
+    def _check_view(self, plan: Plan, index: int, part: str) -> None:
+        buffer = plan.buffers[index]
+        base_of(plan.buffers, index, lambda: self.broken("a view of itself or of nothing", part))
+        base = plan.buffers[buffer.base]
+        if base.dtype != buffer.dtype or len(buffer.strides) != len(buffer.shape):
+            raise self.broken("a view differs from its base in dtype, or lacks strides", part)
+        for R, B in plan.corners():
+            extent, offset = buffer.extent(R, B), buffer.offset(R, B)
+            strides = [stride(R, B) for stride in buffer.strides]
+            if 0 in extent:
+                continue
+            last = offset + sum((n - 1) * s for n, s in zip(extent, strides, strict=True))
+            if offset < 0 or min(strides, default=0) < 0 or last >= _reach(base, R, B):
+                raise self.broken(f"a view ends outside {base.name} at R={R} B={B}", part)
+
+
+def _reach(buffer: Buffer, R: int, B: int) -> int:
+    """How many elements from its first one a buffer may be read."""
+    extent = buffer.extent(R, B)
+    if buffer.kind != "view":
+        return prod(extent)
+    strides = [stride(R, B) for stride in buffer.strides]
+    return 1 + sum((n - 1) * s for n, s in zip(extent, strides, strict=True))
+
+
+def base_of(buffers: Sequence[Buffer], index: int, error: Any = None) -> int:
+    """The buffer that a view, or a view of a view, lies in."""
+    for _ in range(len(buffers)):
+        if buffers[index].kind != "view":
+            return index
+        index = buffers[index].base
+        if index >= len(buffers):
+            break
+    raise error() if error else AssertionError("views were checked when the plan was read")

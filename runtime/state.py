@@ -1,0 +1,138 @@
+"""Memory of a loaded artifact, and what a plan's buffers are for given numbers of rows."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dcompile.errors import ArtifactError
+from dcompile.runtime import weights
+from dcompile.runtime.artifact import Artifact
+from dcompile.runtime.plan import Buffer, Plan
+from dcompile.runtime.weights import ALIGN, DTYPES
+
+KEPT_BINDINGS = 64
+
+
+@dataclass
+class Binding:
+    """The plan's buffers for R rows and B sequences."""
+
+    plan: Plan
+    R: int
+    B: int
+    arena: torch.Tensor
+    offsets: list[int]
+    fixed: Mapping[int, torch.Tensor]
+    inputs: dict[str, torch.Tensor]
+    arrays: dict[str, npt.NDArray[Any]]
+    tensors: dict[int, torch.Tensor] = field(default_factory=dict)
+    calls: Any = None
+    """What the launcher prepared for these buffers."""
+
+    def tensor(self, index: int) -> torch.Tensor:
+        if index not in self.tensors:
+            self.tensors[index] = self._make(index)
+        return self.tensors[index]
+
+    def _make(self, index: int) -> torch.Tensor:
+        if index in self.fixed:
+            return self.fixed[index]
+        buffer = self.plan.buffers[index]
+        shape = buffer.extent(self.R, self.B)
+        if buffer.kind == "view":
+            base = self.tensor(buffer.base)
+            strides = [stride(self.R, self.B) for stride in buffer.strides]
+            start = base.storage_offset() + buffer.offset(self.R, self.B)
+            return base.as_strided(shape, strides, start)
+        start = self.offsets[buffer.slot]
+        region = self.arena[start : start + buffer.bytes(self.R, self.B)]
+        return region.view(DTYPES[buffer.dtype]).reshape(shape)
+
+    def address(self, index: int) -> int:
+        """Where a buffer begins, also one that only native code sees."""
+        buffer = self.plan.buffers[index]
+        if index in self.fixed:
+            return self.fixed[index].data_ptr()
+        if buffer.kind == "view":
+            skipped = buffer.offset(self.R, self.B) * DTYPES[buffer.dtype].itemsize
+            return self.address(buffer.base) + skipped
+        return self.arena.data_ptr() + self.offsets[buffer.slot]
+
+    @property
+    def outputs(self) -> dict[str, torch.Tensor]:
+        return {name: self.tensor(index) for name, index in self.plan.outputs.items()}
+
+
+class Memory:
+    """Mapped weights, state allocated once, and an arena for scratch that grows and is reused."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.plan = artifact.plan
+        self._fixed = {
+            index: _weight(artifact, buffer)
+            for index, buffer in enumerate(self.plan.buffers)
+            if buffer.kind == "weight"
+        }
+        self.state: dict[str, torch.Tensor] = {}
+        for name, index in self.plan.state.items():
+            buffer = self.plan.buffers[index]
+            self.state[name] = _allocate(buffer.extent(1, 1), DTYPES[buffer.dtype], name)
+            self._fixed[index] = self.state[name]
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._slotted = [buffer for buffer in self.plan.buffers if buffer.kind == "slot"]
+        self._bindings: OrderedDict[tuple[int, int], Binding] = OrderedDict()
+
+    def bind(self, R: int, B: int) -> Binding:
+        found = self._bindings.get((R, B))
+        if found is not None:
+            self._bindings.move_to_end((R, B))
+            return found
+        if len(self._bindings) >= KEPT_BINDINGS:
+            self._bindings.popitem(last=False)
+        binding = self._bindings[R, B] = self._bind(R, B)
+        return binding
+
+    def _bind(self, R: int, B: int) -> Binding:
+        sizes = [0] * self.plan.slots
+        for buffer in self._slotted:
+            sizes[buffer.slot] = max(sizes[buffer.slot], buffer.bytes(R, B))
+        offsets, end = [], 0
+        for size in sizes:
+            offsets.append(end)
+            end += size + -size % ALIGN
+        if end > self._arena.numel():
+            # Bindings hold addresses inside the old arena.
+            self._bindings.clear()
+            self._arena = _allocate((end,), torch.uint8, f"the scratch of {R} rows")
+        fixed, inputs = dict(self._fixed), {}
+        for name, index in self.plan.inputs.items():
+            buffer = self.plan.buffers[index]
+            inputs[name] = torch.zeros(buffer.extent(R, B), dtype=DTYPES[buffer.dtype])
+            fixed[index] = inputs[name]
+        arrays = {name: np.asarray(tensor) for name, tensor in inputs.items()}
+        return Binding(self.plan, R, B, self._arena, offsets, fixed, inputs, arrays)
+
+
+def _weight(artifact: Artifact, buffer: Buffer) -> torch.Tensor:
+    # The plan's shape and dtype are how kernels read the bytes; the file's may be of another kind.
+    entry = artifact.tensors[buffer.tensor]
+    shape, dtype = buffer.extent(1, 1), DTYPES[buffer.dtype]
+    as_read = weights.Entry(entry.file, dtype, shape, entry.start, prod(shape) * dtype.itemsize)
+    return weights.tensor(artifact.bytes(entry.file), as_read)
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Tensor:
+    try:
+        return torch.zeros(shape, dtype=dtype)
+    except RuntimeError as error:
+        gib = prod(shape) * dtype.itemsize / 2**30
+        remedy = "compile with a smaller --max-length or --batch"
+        raise ArtifactError(f"no memory for {what}: {gib:.1f} GiB", remedy=remedy) from error

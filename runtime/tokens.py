@@ -1,0 +1,107 @@
+"""Text to token ids and back, with the files of the checkpoint's own tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from dcompile.errors import ArtifactError, RequestError
+from dcompile.runtime.artifact import Artifact
+
+_FOLDER = "tokenizer/"
+
+
+class Tokenizer:
+    """The artifact's tokenizer; loads its libraries on first use."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._files = {
+            name.removeprefix(_FOLDER) for name in artifact.names if name.startswith(_FOLDER)
+        }
+        self._loaded: Any = None
+
+    @property
+    def present(self) -> bool:
+        return "tokenizer.json" in self._files
+
+    def encode(self, text: str, chat: bool = False) -> list[int]:
+        """Token ids of a text; of the text as a user's turn of a conversation where `chat`."""
+        text = self._chat(text) if chat else text
+        # A template writes its special tokens itself.
+        encoding = self._tokenizer().encode(text, add_special_tokens=not chat)
+        return [int(token) for token in encoding.ids]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer().decode(list(tokens), skip_special_tokens=True))
+
+    def _tokenizer(self) -> Any:
+        if self._loaded is None:
+            if not self.present:
+                what = "the artifact has no tokenizer, so it takes and gives token ids only"
+                raise RequestError(what, remedy="give the prompt as token ids (--prompt-ids 1,2,3)")
+            from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+            text = self._artifact.text(_FOLDER + "tokenizer.json")
+            try:
+                self._loaded = HuggingFaceTokenizer.from_str(text)
+            except Exception as error:  # the library raises nothing narrower
+                what = f"the tokenizer cannot be read: {error}"
+                raise ArtifactError(what, where="tokenizer/tokenizer.json") from error
+            self._loaded.no_truncation()
+            self._loaded.no_padding()
+        return self._loaded
+
+    def _config(self) -> dict[str, Any]:
+        if "tokenizer_config.json" not in self._files:
+            return {}
+        try:
+            config = json.loads(self._artifact.text(_FOLDER + "tokenizer_config.json"))
+        except (ValueError, RecursionError) as error:
+            where = "tokenizer/tokenizer_config.json"
+            raise ArtifactError("the tokenizer's config cannot be read", where=where) from error
+        return config if isinstance(config, dict) else {}
+
+    def _template(self, config: dict[str, Any]) -> str:
+        if "chat_template.jinja" in self._files:
+            return self._artifact.text(_FOLDER + "chat_template.jinja")
+        template = config.get("chat_template")
+        if isinstance(template, list):
+            named = {item.get("name"): item.get("template") for item in template}
+            template = named.get("default")
+        if not isinstance(template, str):
+            remedy = "leave out --chat, or put the conversation's marks into the prompt"
+            raise RequestError("the model's tokenizer has no chat template", remedy=remedy)
+        return template
+
+    def _chat(self, text: str) -> str:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        config = self._config()
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        # As the library that templates are written for has it: no HTML escapes in JSON.
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
+        environment.globals["raise_exception"] = _refuse
+        special = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key.endswith("_token") and isinstance(value, (str, dict))
+        }
+        template = self._template(config)
+        messages = [{"role": "user", "content": text}]
+        try:
+            return environment.from_string(template).render(
+                messages=messages, add_generation_prompt=True, **special
+            )
+        except (TemplateError, TypeError, ValueError, ArithmeticError, KeyError) as error:
+            raise RequestError(f"the chat template failed: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise RequestError(f"the chat template refuses: {message}")

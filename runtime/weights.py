@@ -1,0 +1,133 @@
+"""Tensors as bytes: the safetensors layout, written so that a tensor can be used where mapped."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from dcompile.errors import ArtifactError
+
+ALIGN = 64
+SHARD_BYTES = 64 << 20
+"""A shard is closed once it holds this much; what is larger has a shard of its own."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "f64": torch.float64,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+}
+"""The plan's names; in capitals they are those of safetensors."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PAD = ".pad."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: in which file, and from which byte of it."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in place where it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[memoryview]]:
+    """Group tensors into files of the safetensors format, each as the pieces to write in order.
+
+    Holds less than `SHARD_BYTES` and one tensor at a time; never asks for the next tensor before
+    the shard of the one before it was taken, if that was large.
+    """
+    pending: list[tuple[str, torch.Tensor]] = []
+    held = 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and held + size > SHARD_BYTES:
+            yield _shard(pending)
+            pending, held = [], 0
+        pending.append((name, tensor))
+        held += size
+        del tensor
+        if held >= SHARD_BYTES:
+            yield _shard(pending)
+            pending, held = [], 0
+    if pending:
+        yield _shard(pending)
+
+
+def _shard(tensors: list[tuple[str, torch.Tensor]]) -> list[memoryview]:
+    header: dict[str, object] = {}
+    pieces: list[memoryview] = []
+    end = 0
+
+    def add(name: str, dtype: str, shape: list[int], data: memoryview) -> None:
+        nonlocal end
+        offsets = [end, end + data.nbytes]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        pieces.append(data)
+        end += data.nbytes
+
+    for name, tensor in tensors:
+        add(name, NAMES[tensor.dtype].upper(), list(tensor.shape), raw(tensor))
+        # The format allows no holes, so what aligns the next tensor is a tensor too.
+        if gap := -end % ALIGN:
+            add(f"{_PAD}{len(header)}", "U8", [gap], memoryview(bytes(gap)))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    return [memoryview(len(text).to_bytes(8, "little") + text), *pieces]
+
+
+def entries(data: memoryview, file: str) -> Iterator[tuple[str, Entry]]:
+    """The tensors of one shard, checked to lie inside it."""
+
+    def broken(why: str) -> ArtifactError:
+        return ArtifactError(why, where=file, remedy="compile the model again")
+
+    length = int.from_bytes(data[:8], "little")
+    if data.nbytes < 8 or length > data.nbytes - 8:
+        raise broken("a weight file is shorter than its header says")
+    try:
+        header = json.loads(bytes(data[8 : 8 + length]))
+        header.pop("__metadata__", None)
+        for name, item in header.items():
+            if name.startswith(_PAD):
+                continue
+            dtype, shape = DTYPES[item["dtype"].lower()], tuple(item["shape"])
+            start, end = item["data_offsets"]
+            size = prod(shape) * dtype.itemsize
+            if min(shape, default=0) < 0 or start < 0 or end - start != size:
+                raise broken(f"tensor {name!r} has offsets that do not match its shape")
+            if 8 + length + end > data.nbytes:
+                raise broken(f"tensor {name!r} ends outside its file")
+            yield name, Entry(file, dtype, shape, 8 + length + start, size)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise broken("a weight file's header cannot be read") from error
+
+
+def tensor(data: memoryview, entry: Entry) -> torch.Tensor:
+    """The tensor over the mapped bytes themselves; it must not be written to."""
+    if entry.bytes == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        count = entry.bytes // entry.dtype.itemsize
+        flat = torch.frombuffer(data, dtype=entry.dtype, count=count, offset=entry.start)
+    return flat.reshape(entry.shape)
