@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dcompile.errors import UnknownArchitecture
-from dcompile.frontends import llada_moe
+from dcompile.frontends import dream, llada, llada2, llada_moe, sdar
 from dcompile.frontends.base import Config, Definition
 
 Read = Callable[[Config], Definition]
 
 FAMILIES: dict[str, Read] = {
+    "LLaDAModelLM": llada.read,
     "LLaDAMoEModelLM": llada_moe.read,
+    "LLaDA2MoeModelLM": llada2.read,
+    "DreamModel": dream.read,
+    "SDARForCausalLM": sdar.read,
+    "SDARMoeForCausalLM": sdar.read_moe,
 }
 
 

@@ -106,18 +106,24 @@ def fake_mode(program: Program) -> torch._subclasses.FakeTensorMode:
 
 def add_constant(program: Program, name: str, tensor: torch.Tensor) -> Node:
     """A tensor that the compiler computed, as an input of the graph."""
-    taken = {i.name for i in program.inputs}
-    unique, count = name, 1
-    while unique in taken:
-        unique, count = f"{name}_{count}", count + 1
+    unique = _unused(program, name)
     with fake_mode(program):
         val = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     program.constants[unique] = tensor
     return add_input(program, unique, "constant", val)
 
 
+def _unused(program: Program, name: str) -> str:
+    taken = {n.name for n in program.graph.nodes}
+    unique, count = name, 1
+    while unique in taken:
+        unique, count = f"{name}_{count}", count + 1
+    return unique
+
+
 def add_weight(program: Program, name: str, recipe: Recipe, like: torch.Tensor) -> Node:
     """A weight made from others, as an input; `like` says its shape and dtype."""
+    name = _unused(program, name)
     program.recipes[name] = recipe
     return add_input(program, name, "weight", like)
 

@@ -79,7 +79,9 @@ def _show_arg(arg: object) -> str:
         return arg.name
     if isinstance(arg, (tuple, list)):
         inner = ", ".join(_show_arg(a) for a in arg)
-        return f"[{inner}]" if isinstance(arg, list) else f"({inner})"
+        if isinstance(arg, list):
+            return f"[{inner}]"
+        return f"({inner},)" if len(arg) == 1 else f"({inner})"
     if isinstance(arg, torch.dtype):
         return SHORT[arg]
     if isinstance(arg, torch.device):

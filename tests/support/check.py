@@ -92,7 +92,7 @@ def body(program: Program) -> str:
     for i, line in enumerate(lines):
         if " = " in line:
             name = line.partition(":")[0]
-            text = re.sub(rf"\b{name}\b", f"v{i}", text)
+            text = re.sub(rf"\b{name}\b(?!\()", f"v{i}", text)
     return text
 
 
@@ -122,7 +122,8 @@ def check_pass(
         else:
             torch.testing.assert_close(now, was, rtol=1e-4, atol=1e-5)
     if after is not None:
-        assert body(program) == textwrap.dedent(after).strip()
+        wanted = textwrap.dedent(after).strip()
+        assert body(program) == wanted, f"got\n{body(program)}\nwanted\n{wanted}"
     if places is not None:
         assert changed == places
     return program

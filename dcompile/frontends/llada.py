@@ -1,0 +1,132 @@
+"""LLaDA-8B and 1.5: a dense bidirectional decoder, configured and named as in OLMo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dcompile.frontends.base import Config, Definition, rope_theta, rotary_dim
+from dcompile.frontends.layers import (
+    Attention,
+    AttentionSizes,
+    Decoder,
+    DecoderLayer,
+    DecoderSizes,
+    GatedFFN,
+)
+
+DEFAULTS = {"block_length": 32, "policy": "threshold", "cache": "dual", "threshold": 0.9}
+ENDS = {
+    "embed_tokens.weight": "model.transformer.wte.weight",
+    "norm.weight": "model.transformer.ln_f.weight",
+    "lm_head.weight": "model.transformer.ff_out.weight",
+}
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "post_attention_layernorm": "ff_norm",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+}
+
+
+def read(config: Config) -> Definition:
+    """The model that a `LLaDAModelLM` config describes."""
+    refuse_what_is_not_computed(config)
+    attention = attention_sizes(config)
+    model = Llada(
+        decoder=DecoderSizes(
+            vocab=table_rows(config),
+            hidden=attention.hidden,
+            eps=attention.eps,
+            rotary_dim=rotary_dim(config, attention.head_dim, 1.0),
+            theta=rope_theta(config),
+            rotate_in_float32=config.flag("rope_full_precision", True),
+        ),
+        attention=attention,
+        inner=config.size("mlp_hidden_size"),
+    )
+    return Definition(
+        family="llada",
+        vocab_size=model.decoder.vocab,
+        max_positions=config.size("max_sequence_length", 0) or None,
+        layer_kinds=("dense",) * config.size("n_layers", most=1000),
+        defaults=DEFAULTS,
+        build=model.build,
+        rename=rename,
+        tied=config.flag("weight_tying", False),
+    )
+
+
+@dataclass(frozen=True)
+class Llada:
+    decoder: DecoderSizes
+    attention: AttentionSizes
+    inner: int
+
+    def build(self, layers: Sequence[int], dtype: torch.dtype) -> Decoder:
+        return Decoder(self.decoder, dtype, (self.layer(dtype) for _ in layers))
+
+    def layer(self, dtype: torch.dtype) -> DecoderLayer:
+        hidden, eps = self.decoder.hidden, self.decoder.eps
+        mlp = GatedFFN(hidden, self.inner, dtype)
+        return DecoderLayer(hidden, eps, dtype, Attention(self.attention, dtype), mlp)
+
+
+def refuse_what_is_not_computed(config: Config) -> None:
+    config.only("activation_type", "silu")
+    config.only("block_type", "llama")
+    config.only("layer_norm_type", "rms")
+    config.only("layer_norm_with_affine", True)
+    config.only("rope", True)
+    config.only("clip_qkv")
+    for key in (
+        "alibi",
+        "attention_layer_norm",
+        "bias_for_layer_norm",
+        "include_bias",
+        "include_qkv_bias",
+        "input_emb_norm",
+        "multi_query_attention",
+        "scale_logits",
+    ):
+        config.only(key, False)
+    config.only("block_group_size", 1)
+
+
+def attention_sizes(config: Config) -> AttentionSizes:
+    """`n_kv_heads` may be null, which stands for as many as `n_heads`; it may not be absent."""
+    head_dim = config.divides("d_model", "n_heads")
+    heads = config.size("n_heads")
+    null = "n_kv_heads" in config.values and not config.given("n_kv_heads")
+    return AttentionSizes(
+        hidden=config.size("d_model"),
+        heads=heads,
+        kv_heads=heads if null else heads // config.divides("n_heads", "n_kv_heads"),
+        head_dim=head_dim,
+        eps=config.number("rms_norm_eps"),
+    )
+
+
+def table_rows(config: Config) -> int:
+    """`embedding_size` is `vocab_size` padded; null stands for no padding."""
+    vocab_size = config.size("vocab_size")
+    if "embedding_size" in config.values and not config.given("embedding_size"):
+        return vocab_size
+    rows = config.size("embedding_size")
+    if rows < vocab_size:
+        raise config.error("embedding_size", f"at least 'vocab_size', which is {vocab_size}")
+    return rows
+
+
+def rename(parameter: str) -> str:
+    if parameter in ENDS:
+        return ENDS[parameter]
+    _, index, part = parameter.removesuffix(".weight").split(".", 2)
+    return f"model.transformer.blocks.{index}.{PARTS[part]}.weight"
