@@ -133,7 +133,7 @@ class Runner:
         given = self.limits.parameters_of(parameters)
         if isinstance(prompts, str):
             raise TypeError("prompts is a sequence of prompts, not one text")
-        ids = [self._ids(prompt, chat) for prompt in prompts]
+        ids = [self.encode(prompt, chat) for prompt in prompts]
         for index, prompt in enumerate(ids):
             self.limits.check_prompt(prompt, gen_length, index)
         seen: Counter[tuple[int, ...]] = Counter()
@@ -145,12 +145,17 @@ class Runner:
         with self._lock:
             return self._serve(call)
 
-    def _ids(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
+    def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
+        """The token ids of a prompt, which may be ids already."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, chat)
         if isinstance(prompt, (torch.Tensor, np.ndarray)):
             return [int(token) for token in prompt.reshape(-1)]
         return list(prompt)
+
+    def decode(self, tokens: Sequence[int]) -> str | None:
+        """Tokens as text; None where the artifact has no tokenizer."""
+        return self.tokenizer.decode(tokens) if self.tokenizer.present else None
 
     def _serve(self, call: _Call) -> list[Result]:
         results: dict[int, Result] = {}
@@ -303,7 +308,7 @@ class Runner:
         return Result(
             tokens=tokens,
             all_tokens=generated,
-            text=self.tokenizer.decode(tokens) if self.tokenizer.present else None,
+            text=self.decode(tokens),
             forwards=sequence.tick,
             tokens_per_forward=sequence.decoded / sequence.tick,
             seconds=seconds,

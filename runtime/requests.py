@@ -62,6 +62,15 @@ class Limits:
         length = prompt + gen_length
         return length if self.span is None else length + -length % max(self.block_length, self.span)
 
+    def default_length(self, prompt: int, wanted: int) -> int:
+        """About so many positions to generate, as far as the artifact has room after a prompt."""
+        unit = self.block_length if self.span is None else max(self.block_length, self.span)
+        begin = prompt if self.span is None else 0
+        room = (self.max_length - begin) // unit * unit - (prompt - begin)
+        if self.span is None:
+            wanted += -wanted % unit
+        return max(min(wanted, room), unit if self.span is None else 1)
+
     def check_length(self, gen_length: int) -> None:
         if type(gen_length) is not int or gen_length < 1:
             raise RequestError(f"{gen_length!r} tokens cannot be generated", where="gen_length")

@@ -1,0 +1,5 @@
+"""`python -m dcompile` is the command line."""
+
+from dcompile.cli import main
+
+main()

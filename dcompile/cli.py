@@ -1,0 +1,392 @@
+"""The command line: `dcompile CHECKPOINT` compiles, the subcommands do the rest.
+
+Each command imports what it needs when it runs: `--help` loads no torch, `run` no compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcompile.errors import DcompileError, RequestError
+
+if TYPE_CHECKING:
+    from dcompile.runtime.loop import Result, Runner
+
+app = typer.Typer(
+    name="dcompile",
+    help="Compile a diffusion language model: dcompile CHECKPOINT -o OUT.dcx. Then: dcompile run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+SUFFIX = ".dcx"
+_DEFAULT_LENGTH = 128
+_ArtifactPath = Annotated[Path, typer.Argument(metavar="OUT.dcx", help="An artifact.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.")]
+_Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+
+
+@app.command("compile")
+def compile_command(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder, a model.pt or an exported .pt2.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="A .dcx file, or a folder.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="auto, cpu or cuda:sm_XX.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Positions a sequence.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in flight.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Positions decoded together.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Which candidates commit: a name, or file.py:name.")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="none, prefix, dual, vicinity, periodic or block.")
+    ] = None,
+    look_back: Annotated[int | None, typer.Option(help="vicinity: rows before the block.")] = None,
+    look_ahead: Annotated[int | None, typer.Option(help="vicinity: rows after it.")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="vicinity: first iterations over all rows.")
+    ] = None,
+    refresh_every: Annotated[
+        int | None, typer.Option(metavar="K", help="periodic: iterations between refreshes.")
+    ] = None,
+    smoothing: Annotated[float | None, typer.Option(help="Weight of iteration smoothing.")] = None,
+    mask_id: Annotated[int | None, typer.Option(help="Where the checkpoint lacks it.")] = None,
+    eos_id: Annotated[
+        list[int] | None, typer.Option(help="Instead of the checkpoint's; repeatable.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare around every pass.")] = False,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="PASS", help="End the pipeline after this pass.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PASS", help="Leave a pass out; repeatable.")
+    ] = None,
+    threads: _Threads = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Compile a checkpoint (also without the word: `dcompile CHECKPOINT`)."""
+    given: dict[str, Any] = {
+        "target": target,
+        "dtype": dtype,
+        "max_length": max_length,
+        "batch": batch,
+        "block_length": block_length,
+        "policy": policy,
+        "cache": cache,
+        "look_back": look_back,
+        "look_ahead": look_ahead,
+        "warmup": warmup,
+        "refresh_every": refresh_every,
+        "smoothing": smoothing,
+        "mask_id": mask_id,
+        "eos_ids": tuple(eos_id) if eos_id else None,
+        "check": check,
+        "stop_after": stop_after,
+        "skip": tuple(skip) if skip else None,
+        "threads": threads,
+    }
+    from dcompile.driver import compile_checkpoint
+    from dcompile.options import Options
+
+    options = Options(**{name: value for name, value in given.items() if value is not None})
+    out = out or Path(checkpoint.resolve().stem + SUFFIX)
+    with _progress(quiet) as progress:
+        compile_checkpoint(checkpoint, options, out, progress=progress)
+    if not quiet:
+        typer.echo(f"wrote {out}", err=True)
+
+
+@app.command()
+def run(
+    artifact: _ArtifactPath,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(metavar="1,2,3")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help='Lines {"prompt": ...} or {"prompt_ids": [...]}.'),
+    ] = None,
+    gen_length: Annotated[int | None, typer.Option(help="Positions to generate.")] = None,
+    threshold: Annotated[float | None, typer.Option()] = None,
+    threshold_low: Annotated[float | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(help="Iterations a block.")] = None,
+    set_parameter: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any parameter of the policy."),
+    ] = None,
+    early_stop: Annotated[
+        bool,
+        typer.Option("--early-stop/--no-early-stop", help="Stop after the block with an EOS."),
+    ] = True,
+    temperature: Annotated[float, typer.Option()] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print each block when it is done.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Hash the files.")] = True,
+    threads: _Threads = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Generate from an artifact."""
+    if sum(given is not None for given in (prompt, prompt_ids, prompts)) != 1:
+        raise typer.BadParameter("give one of --prompt, --prompt-ids and --prompts")
+    parameters = _parameters(set_parameter or [])
+    named = {"threshold": threshold, "threshold_low": threshold_low, "steps": steps}
+    parameters |= {name: float(value) for name, value in named.items() if value is not None}
+    asked = _prompts(prompt, prompt_ids, prompts)
+    from dcompile.runtime.loop import Runner
+
+    request: dict[str, Any] = {"temperature": temperature, "seed": seed, "early_stop": early_stop}
+    with _progress(quiet) as progress:
+        progress("loading")
+        runner = Runner.load(artifact, verify=verify, threads=threads)
+        if not stream:
+            progress("generating")
+            results = _generate(runner, asked, chat, gen_length, parameters, **request)
+    if stream:
+        file = sys.stderr if as_json else sys.stdout
+        request["on_block"] = printer = _Stream(runner, file, prompts is not None)
+        results = _generate(runner, asked, chat, gen_length, parameters, **request)
+        printer.end()
+    for result in results:
+        if as_json:
+            typer.echo(json.dumps(asdict(result), ensure_ascii=False))
+        elif not stream:
+            typer.echo(_shown(result.text, result.tokens))
+        if not as_json and not quiet:
+            typer.echo(_summary(result), err=True)
+
+
+@app.command()
+def explain(
+    artifact: _ArtifactPath,
+    pass_name: Annotated[str | None, typer.Argument(metavar="[PASS]")] = None,
+) -> None:
+    """Show the stages and kernels of an artifact, or what one pass changed."""
+    from dcompile.explain import explain as explain_artifact
+
+    typer.echo(explain_artifact(artifact, pass_name), nl=False)
+
+
+@app.command()
+def verify(
+    artifact: _ArtifactPath,
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that it came from.")],
+    quiet: _Quiet = False,
+) -> None:
+    """Compare an artifact with the plain reference of its checkpoint."""
+    from dcompile.verify import verify as verify_artifact
+
+    with _progress(quiet) as progress:
+        progress("comparing")
+        report = verify_artifact(artifact, checkpoint)
+    typer.echo(report)
+
+
+@app.command()
+def bench(
+    artifact: _ArtifactPath,
+    against: Annotated[
+        str, typer.Option(metavar="eager,compile", help="Rivals, separated by commas.")
+    ] = "",
+    checkpoint: Annotated[Path | None, typer.Option(help="What the rivals run.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Positions in the sequence.")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    threads: _Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Time one forward of an artifact, beside its rivals and the machine's floor."""
+    from dcompile.bench import bench as bench_artifact
+
+    rivals = [name.strip() for name in against.split(",") if name.strip()]
+    with _progress(quiet) as progress:
+        progress("measuring")
+        table = bench_artifact(
+            artifact, rivals, checkpoint, context=context, rounds=rounds, threads=threads
+        )
+    typer.echo(json.dumps(table.json()) if as_json else table.text(), nl=as_json)
+
+
+@app.command()
+def demo() -> None:
+    """Compile and run the small trained model that ships with the package."""
+    from dcompile.demo import run_demo
+
+    run_demo()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a named error, 2 wrong usage, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # A named interrupt lets half-made files be removed; by default a process just ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        app(_with_command(given), prog_name="dcompile")
+    except DcompileError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MemoryError:
+        typer.echo("MemoryError: this machine has too little memory for that", err=True)
+        sys.exit(1)
+
+
+def _with_command(arguments: list[str]) -> list[str]:
+    """`dcompile CHECKPOINT ...` means `dcompile compile CHECKPOINT ...`."""
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    if not arguments or arguments[0] in {*commands, "--help", "--version"}:
+        return arguments
+    return ["compile", *arguments]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"dcompile {version('dcompile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+Prompt = str | list[int]
+
+
+def _prompts(prompt: str | None, prompt_ids: str | None, file: Path | None) -> list[Prompt]:
+    if prompt is not None:
+        return [prompt]
+    if prompt_ids is not None:
+        try:
+            return [[int(part) for part in prompt_ids.split(",") if part.strip()]]
+        except ValueError as error:
+            raise typer.BadParameter("--prompt-ids takes numbers: 1,2,3") from error
+    assert file is not None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the prompts cannot be read: {error}", where=str(file)) from error
+    return [
+        _prompt_of(line, f"{file}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def _prompt_of(line: str, where: str) -> Prompt:
+    remedy = 'write {"prompt": "text"} or {"prompt_ids": [1, 2, 3]}'
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("the line is not JSON", where=where, remedy=remedy) from error
+    match item:
+        case {"prompt": str(text)} if "prompt_ids" not in item:
+            return text
+        case {"prompt_ids": list(ids)} if "prompt" not in item:
+            return ids
+    raise RequestError("the line has no prompt, or more than one", where=where, remedy=remedy)
+
+
+def _parameters(assignments: Sequence[str]) -> dict[str, float]:
+    parameters = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        try:
+            parameters[name.strip().replace("-", "_")] = float(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"--set takes NAME=NUMBER, not {assignment!r}") from error
+    return parameters
+
+
+def _generate(
+    runner: Runner,
+    prompts: Sequence[Prompt],
+    chat: bool,
+    gen_length: int | None,
+    parameters: dict[str, float],
+    **request: Any,
+) -> list[Result]:
+    known = set(runner.limits.parameters)
+    if unknown := sorted(set(parameters) - known):
+        what = "the compiled policy has no such parameter"
+        remedy = f"it has: {', '.join(sorted(known)) or 'none'}"
+        raise RequestError(what, where=unknown[0], remedy=remedy)
+    ids = [runner.encode(prompt, chat) for prompt in prompts]
+    length = gen_length
+    if length is None:
+        length = runner.limits.default_length(max(map(len, ids), default=0), _DEFAULT_LENGTH)
+    return runner.generate(ids, gen_length=length, **{**request, **parameters})
+
+
+class _Stream:
+    """Prints what each block added; of several prompts, each block on a line with its number."""
+
+    def __init__(self, runner: Runner, file: IO[str], several: bool) -> None:
+        self._runner, self._file, self._several = runner, file, several
+        self._tokens: dict[int, list[int]] = {}
+        self._printed: dict[int, str] = {}
+        self._ended: set[int] = set()
+
+    def __call__(self, index: int, tokens: list[int]) -> None:
+        so_far = self._tokens.setdefault(index, [])
+        for token in tokens:
+            if token in self._runner.limits.eos_ids:
+                self._ended.add(index)
+            if index not in self._ended:
+                so_far.append(token)
+        # A block may end inside a character; its other half comes with the next one.
+        text = _shown(self._runner.decode(so_far), so_far).rstrip("\ufffd")
+        added = text[len(self._printed.get(index, "")) :]
+        self._printed[index] = text
+        line = f"[{index}] {added}\n" if self._several else added
+        print(line, end="", file=self._file, flush=True)
+
+    def end(self) -> None:
+        if not self._several:
+            print(file=self._file, flush=True)
+
+
+def _shown(text: str | None, tokens: Sequence[int]) -> str:
+    return text if text is not None else ",".join(map(str, tokens))
+
+
+def _summary(result: Result) -> str:
+    return (
+        f"{len(result.tokens)} tokens, {result.forwards} forwards, "
+        f"{result.tokens_per_forward:.2f} tokens a forward, "
+        f"{result.tokens_per_second:.1f} tokens a second"
+    )
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Tells on stderr what is going on, to a person only."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield lambda text: status.update(text)
