@@ -75,9 +75,11 @@ def make_tensors(
 
 def write_tokenizer(folder: Path, mask_token: str | None) -> None:
     """A word-level tokenizer.json of single characters with the special tokens at their ids."""
-    letters = [chr(c) for c in range(32, 127)]
-    vocab = {letter: i for i, letter in enumerate(letters)} | {"<unk>": len(letters)}
     special = {"<|endoftext|>": EOS} | ({mask_token: MASK} if mask_token else {})
+    texts = {number: text for text, number in special.items()}
+    texts |= {i: chr(32 + i) for i in range(95)} | {95: "<unk>"}
+    # Without the fillers, the library would number the special tokens anew.
+    vocab = {texts.get(i, f"<filler {i}>"): i for i in range(131)}
     added = [
         {
             "id": number,
