@@ -46,7 +46,7 @@ class FusedAttention(nn.Module):
         """x [B, T, D] -> [B, T, D]"""
         heads, kv_heads = self.sizes.heads, self.sizes.kv_heads
         qkv = split_heads(self.query_key_value(x), self.sizes.head_dim)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+        q, k, v = torch.split_with_sizes(qkv, (heads, kv_heads, kv_heads), dim=2)
         if self.sizes.qk_norm:
             q, k = self.query_layernorm(q), self.key_layernorm(k)
         out: Tensor = self.dense(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask))
