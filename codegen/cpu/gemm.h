@@ -63,53 +63,60 @@ static INLINE void fetch(Prefetch &f) {
     f.at += f.step;
 }
 
-template <int M> struct Tile {
-    vf c[M][2];
+// M rows of NV vectors of columns, held in registers.
+template <int M, int NV> struct Tile {
+    vf c[M][NV];
 
     INLINE void clear() {
-        for (int i = 0; i < M; i++) c[i][0] = c[i][1] = vf{};
+        for (int i = 0; i < M; i++)
+            for (int j = 0; j < NV; j++) c[i][j] = vf{};
     }
     INLINE void put(float *out, bool add) {
         for (int i = 0; i < M; i++)
-            for (int j = 0; j < 2; j++) {
+            for (int j = 0; j < NV; j++) {
                 float *p = out + i * PANEL + j * VL;
                 store(p, add ? load(p) + c[i][j] : c[i][j]);
             }
     }
-    INLINE void step(const float *a, int64_t lda, vf b0, vf b1) {
+    // a: one element of each row, `stride` apart
+    INLINE void step(const float *a, int64_t stride, const vf *b) {
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) {
-            vf x = splat(a[i * lda]);
-            c[i][0] = fma(x, b0, c[i][0]);
-            c[i][1] = fma(x, b1, c[i][1]);
+            const vf x = splat(a[i * stride]);
+#pragma GCC unroll 2
+            for (int j = 0; j < NV; j++) c[i][j] = fma(x, b[j], c[i][j]);
         }
     }
 };
 
 template <int M, class T>
-static INLINE void accumulate(Tile<M> &tile, const float *a, const T *b, int64_t kc, Prefetch f) {
+static INLINE void accumulate(Tile<M, 2> &tile, const float *a, const T *b, int64_t kc, Prefetch f) {
 #pragma GCC unroll 2
     for (int64_t k = 0; k < kc; k++, b += PANEL) {
-        tile.step(a + k, Operand<float>::LDA, load(b), load(b + VL));
+        const vf columns[2] = {load(b), load(b + VL)};
+        tile.step(a + k, Operand<float>::LDA, columns);
         if (sizeof(T) == 4 || (k & 1)) fetch(f);
     }
 }
 
 template <int M>
-static INLINE void accumulate(Tile<M> &tile, const float *a, const bf16 *b, int64_t kc, Prefetch f) {
+static INLINE void accumulate(Tile<M, 2> &tile, const float *a, const bf16 *b, int64_t kc,
+                              Prefetch f) {
     for (int64_t k = 0; k < kc; k += 2, b += 2 * PANEL) {
-        vu p0, p1;
-        memcpy(&p0, b, sizeof p0);
-        memcpy(&p1, b + 2 * VL, sizeof p1);
-        tile.step(a + k, Operand<float>::LDA, (vf)(p0 << 16), (vf)(p1 << 16));
-        tile.step(a + k + 1, Operand<float>::LDA, (vf)(p0 & 0xffff0000), (vf)(p1 & 0xffff0000));
+        vu p[2];
+        memcpy(p, b, sizeof p);
+        const vf even[2] = {(vf)(p[0] << 16), (vf)(p[1] << 16)};
+        const vf odd[2] = {(vf)(p[0] & 0xffff0000), (vf)(p[1] & 0xffff0000)};
+        tile.step(a + k, Operand<float>::LDA, even);
+        tile.step(a + k + 1, Operand<float>::LDA, odd);
         fetch(f);
     }
 }
 
 #if defined(__AVX512BF16__)
 template <int M>
-static INLINE void accumulate(Tile<M> &tile, const bf16 *a, const bf16 *b, int64_t kc, Prefetch f) {
+static INLINE void accumulate(Tile<M, 2> &tile, const bf16 *a, const bf16 *b, int64_t kc,
+                              Prefetch f) {
 #pragma GCC unroll 2
     for (int64_t k = 0; k < kc; k += 2, b += 2 * PANEL) {
         __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 32);
@@ -130,7 +137,7 @@ template <class T, int M>
 static __attribute__((noinline)) void micro(const typename Operand<T>::A *a, const T *b,
                                             int64_t kc, float *c, bool add, Prefetch f) {
     for (int64_t j = 0; j < PANEL; j += 2 * VL) {
-        Tile<M> tile;
+        Tile<M, 2> tile;
         tile.clear();
         accumulate<M>(tile, a, b + j * pairs<T>(), kc, f);
         tile.put(c + j, add);
@@ -192,7 +199,7 @@ template <class T> static INLINE void copy_row(float *to, const T *from, int64_t
 template <class T, class Row>
 static inline void pack_rows(typename Operand<T>::A *a, int64_t m, int64_t K, Row &&row) {
     for (int64_t k = 0; k < K; k += KC) {
-        int64_t kc = min_of(KC, K - k);
+        const int64_t kc = min_of(KC, K - k);
         for (int64_t i = 0; i < m; i++, a += Operand<T>::LDA) {
             copy_row(a, row(i) + k, kc);
             if (kc & 1) a[kc] = {};

@@ -34,7 +34,8 @@ typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 
-static INLINE vf splat(float x) { return vf{} + x; }
+// Minus zero, not plus zero: x - 0 is x even for -0, so this compiles to a mere broadcast.
+static INLINE vf splat(float x) { return x - vf{}; }
 static INLINE vi splat_i(int32_t x) { return vi{} + x; }
 static INLINE vu splat_u(uint32_t x) { return vu{} + x; }
 

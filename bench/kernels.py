@@ -1,0 +1,368 @@
+"""Kernel times against the machine's floor and against torch, side by side in one process.
+
+    python bench/kernels.py [--threads 1 2] [--rows 8 32 64] [--only moe] [--json FILE]
+
+The floor of a call is max(bytes / bandwidth, multiply-adds / rate), both measured here just before;
+weights are rotated through copies larger than the caches; kernel and torch take turns, and the
+medians stand in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+from native import Library, Value, pack_args
+
+from dcompile.codegen.cpu import build, pack
+
+TYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+ROTATED_BYTES = 600e6  # larger than the last cache; the copies of a case together have this size
+
+
+@dataclass(frozen=True)
+class Model:
+    hidden: int
+    heads: int
+    head_size: int
+    experts: int
+    chosen: int
+    width: int
+    vocab: int
+    context: int = 1024
+
+
+MODELS = {
+    "mid": Model(1024, 16, 64, 32, 4, 512, 32768),
+    "wide": Model(2048, 16, 128, 64, 8, 1024, 32768),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    bandwidth: float  # bytes a second, read
+    rates: dict[str, float]  # multiply-adds a second by dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with its arguments, one list for each copy of the weights, and torch's way."""
+
+    name: str
+    kernel: str
+    calls: list[list[Value]]
+    eager: Callable[[int], object]
+    bytes: float
+    macs: float
+
+
+@dataclass(frozen=True)
+class Result:
+    model: str
+    dtype: str
+    threads: int
+    rows: int
+    name: str
+    seconds: float
+    torch_seconds: float
+    floor: float
+    note: str = ""
+
+
+# ---- the machine
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(lib: Library) -> Machine:
+    """The best of several: what the machine can do, not what its neighbours left over."""
+    big = torch.ones(int(1e8))
+    bandwidth = big.nbytes / min(seconds(big.sum) for _ in range(7))
+    return Machine(bandwidth, {t: peak_rate(lib, t) for t in TYPES})
+
+
+def peak_rate(lib: Library, t: str) -> float:
+    """The kernel library's or torch's best large product, whichever is faster."""
+    R, N, K = 448, 1024, 512
+    x, w = torch.randn(R, K).to(TYPES[t]), torch.randn(N, K).to(TYPES[t])
+    y, packed = torch.empty(R, N, dtype=TYPES[t]), pack.pack_linear(w)
+    args = pack_args([y, x, packed, None, None, R, N, K])
+    kernel = lib.kernel(f"linear_{t}")
+    ours = min(seconds(lambda: kernel(args)) for _ in range(20))
+    theirs = min(seconds(lambda: F.linear(x, w)) for _ in range(20))
+    return R * N * K / min(ours, theirs)
+
+
+def copies(nbytes: float) -> int:
+    return max(1, min(64, int(ROTATED_BYTES / nbytes)))
+
+
+# ---- the cases
+
+
+def linear(m: Model, R: int, t: str) -> Case:
+    N, K = 3 * m.hidden, m.hidden
+    n = copies(N * K * TYPES[t].itemsize)
+    ws = [torch.randn(N, K).to(TYPES[t]) for _ in range(n)]
+    x, y = torch.randn(R, K).to(TYPES[t]), torch.empty(R, N, dtype=TYPES[t])
+    calls: list[list[Value]] = [[y, x, pack.pack_linear(w), None, None, R, N, K] for w in ws]
+    size = TYPES[t].itemsize
+    return Case(
+        "linear qkv",
+        f"linear_{t}",
+        calls,
+        lambda i: F.linear(x, ws[i]),
+        size * (N * K + R * (N + K)),
+        R * N * K,
+    )
+
+
+def moe(m: Model, R: int, t: str, touched: int | None = None) -> Case:
+    D, W, E, k = m.hidden, m.width, m.experts, m.chosen
+    size = TYPES[t].itemsize
+    n = copies(E * 3 * D * W * size)
+    gate_up = [(torch.randn(E, 2 * W, D) * D**-0.5).to(TYPES[t]) for _ in range(n)]
+    down = [(torch.randn(E, D, W) * W**-0.5).to(TYPES[t]) for _ in range(n)]
+    x, y = torch.randn(R, D).to(TYPES[t]), torch.empty(R, D, dtype=TYPES[t])
+    pool = torch.randperm(E)[: touched or E]
+    experts = torch.stack([pool[torch.randperm(len(pool))[:k]] for _ in range(R)]).int()
+    weights = torch.rand(R, k)
+    shape = (R, D, W, E, k, 0)
+    calls: list[list[Value]] = [
+        [y, x, weights, experts, pack.pack_experts(g), pack.pack_experts(d), None, None, *shape]
+        for g, d in zip(gate_up, down, strict=True)
+    ]
+
+    def eager(i: int) -> torch.Tensor:
+        out = torch.zeros(R, D)
+        for e in experts.unique().tolist():
+            rows, rank = (experts == e).nonzero(as_tuple=True)
+            g, u = F.linear(x[rows], gate_up[i][e]).chunk(2, -1)
+            v = F.linear(F.silu(g) * u, down[i][e])
+            out.index_add_(0, rows, v.float() * weights[rows, rank, None])
+        return out.to(TYPES[t])
+
+    read = len(experts.unique())
+    return Case(
+        f"moe_ffn ({read} experts)",
+        f"moe_ffn_{t}",
+        calls,
+        eager,
+        size * (read * 3 * D * W + 2 * R * D),
+        R * k * 3 * D * W,
+    )
+
+
+def attend(m: Model, R: int, t: str) -> Case:
+    H, D, L = m.heads, m.head_size, m.context
+    size = TYPES[t].itemsize
+    n = copies(2 * L * H * D * size)
+    q, o = torch.randn(R, H, D).to(TYPES[t]), torch.empty(R, H, D, dtype=TYPES[t])
+    ks = [torch.randn(1, L, H, D).to(TYPES[t]) for _ in range(n)]
+    vs = [torch.randn(1, L, H, D).to(TYPES[t]) for _ in range(n)]
+    seq, limit = torch.zeros(R, dtype=torch.long), torch.full((R,), L)
+    calls: list[list[Value]] = [
+        [o, q, k, v, seq, limit, R, H, H, D, L, D**-0.5] for k, v in zip(ks, vs, strict=True)
+    ]
+
+    def eager(i: int) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], ks[i].transpose(1, 2), vs[i].transpose(1, 2)
+        )
+
+    return Case(f"attend {L}", f"attend_{t}", calls, eager, size * 2 * L * H * D, 2 * R * L * H * D)
+
+
+def vocab(m: Model, R: int, t: str, temperature: float = 0.0) -> Case:
+    D, V = m.hidden, m.vocab
+    size = TYPES[t].itemsize
+    n = copies(V * D * size)
+    ws = [(torch.randn(V, D) * D**-0.5).to(TYPES[t]) for _ in range(n)]
+    x = torch.randn(R, D).to(TYPES[t])
+    token, outs = torch.empty(R, dtype=torch.long), [torch.empty(R) for _ in range(3)]
+    live, zero = torch.ones(R, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
+    tail = (live, torch.tensor([temperature]), zero, zero, torch.arange(R), R, 1, V, D, V - 1)
+    calls: list[list[Value]] = [[token, *outs, x, pack.pack_linear(w), None, *tail] for w in ws]
+
+    def eager(i: int) -> object:
+        z = F.linear(x, ws[i]).float()
+        z[:, V - 1] = -torch.inf
+        p = z.softmax(-1)
+        if temperature:
+            z = z / temperature - torch.log(-torch.log(torch.rand_like(z)))
+        return p.gather(1, z.argmax(-1, keepdim=True)), p.topk(2), -(p * p.log()).nansum(-1)
+
+    name = "vocab_choice" + (" noisy" if temperature else "")
+    return Case(name, f"vocab_choice_{t}", calls, eager, size * (V * D + R * D), R * V * D)
+
+
+def rms_norm(m: Model, R: int, t: str) -> Case:
+    D = m.hidden
+    x, r = torch.randn(R, D).to(TYPES[t]), torch.randn(R, D).to(TYPES[t])
+    w, s, y = torch.ones(D, dtype=TYPES[t]), torch.empty_like(x), torch.empty_like(x)
+    args: list[Value] = [s, y, x, r, w, R, D, 1e-5]
+    return Case(
+        "add_rms_norm",
+        f"add_rms_norm_{t}",
+        [args],
+        lambda i: F.rms_norm(x + r, (D,), w, 1e-5),
+        TYPES[t].itemsize * 4 * R * D,
+        0,
+    )
+
+
+def rope(m: Model, R: int, t: str) -> Case:
+    H, D, L = m.heads, m.head_size, m.context
+    qkv, q = torch.randn(R, 3 * H * D).to(TYPES[t]), torch.empty(R, H, D, dtype=TYPES[t])
+    keys, values = torch.empty(1, L, H, D, dtype=TYPES[t]), torch.empty(1, L, H, D, dtype=TYPES[t])
+    cos, sin, w = torch.randn(L, D), torch.randn(L, D), torch.ones(D, dtype=TYPES[t])
+    seq, pos = torch.zeros(R, dtype=torch.long), torch.arange(R)
+    args: list[Value] = [q, keys, values, qkv, w, w, cos, sin, seq, pos, R, H, H, D, L, D, 1e-5]
+
+    def eager(i: int) -> None:
+        a, b, v = qkv.view(R, 3, H, D).unbind(1)
+        for x, to in ((a, q), (b, keys[0, :R])):
+            n = F.rms_norm(x, (D,), w, 1e-5)
+            turned = torch.cat([-n[..., D // 2 :], n[..., : D // 2]], -1)
+            to.copy_(n * cos[pos, None] + turned * sin[pos, None])
+        values[0, pos] = v
+
+    nbytes = TYPES[t].itemsize * 6 * R * H * D
+    return Case("norm_rope_write", f"norm_rope_write_{t}", [args], eager, nbytes, 0)
+
+
+def route(m: Model, R: int, t: str) -> Case:
+    E, k = m.experts, m.chosen
+    logits = torch.randn(R, E)
+    weights, experts = torch.empty(R, k), torch.empty(R, k, dtype=torch.int32)
+    args: list[Value] = [weights, experts, logits, None, R, E, k, 0, 1, 1, 1, 1.0]
+
+    def eager(i: int) -> torch.Tensor:
+        w, _ = logits.softmax(-1).topk(k)
+        return w / w.sum(-1, keepdim=True)
+
+    return Case("route", "route", [args], eager, 4 * R * (E + 2 * k), 0)
+
+
+CASES: list[Callable[[Model, int, str], Case]] = [
+    *(linear, moe, attend, vocab, lambda m, R, t: vocab(m, R, t, 0.7), rms_norm, rope, route)
+]
+
+
+# ---- timing
+
+
+def compare(lib: Library, case: Case, budget: float) -> tuple[float, float]:
+    """Median seconds of the kernel and of torch, taking turns."""
+    kernel = lib.kernel(case.kernel)
+    calls = [pack_args(values) for values in case.calls]
+    kernel(calls[0]), case.eager(0)
+    ours: list[float] = []
+    theirs: list[float] = []
+    end = time.perf_counter() + budget
+    turn = 0
+    while len(ours) < 7 or (time.perf_counter() < end and len(ours) < 200):
+        i = turn % len(calls)
+        ours.append(seconds(lambda: kernel(calls[i])))  # noqa: B023
+        j = (turn + len(calls) // 2) % len(calls)
+        theirs.append(seconds(lambda: case.eager(j)))  # noqa: B023
+        turn += 1
+    return statistics.median(ours), statistics.median(theirs)
+
+
+def floor(case: Case, t: str, machine: Machine) -> float:
+    return max(case.bytes / machine.bandwidth, case.macs / machine.rates[t])
+
+
+def experts_line(lib: Library, m: Model, t: str, budget: float) -> str:
+    """moe_ffn's time over the number of experts touched, 32 rows, and the line through it."""
+    counts = [c for c in (m.chosen, m.experts // 4, m.experts // 2, m.experts) if c >= m.chosen]
+    times = [compare(lib, moe(m, 32, t, c), budget)[0] * 1e3 for c in counts]
+    points = torch.tensor(counts, dtype=torch.double)
+    system = torch.stack([points, torch.ones_like(points)], 1)
+    slope, start = torch.linalg.lstsq(system, torch.tensor(times)[:, None].double()).solution
+    each = 3 * m.hidden * m.width * TYPES[t].itemsize
+    listed = ", ".join(f"{c}: {ms:.2f}" for c, ms in zip(counts, times, strict=True))
+    return (
+        f"moe_ffn {t}, 32 rows, ms by experts touched: {listed}; "
+        f"{float(start):.2f} + {float(slope):.4f} ms an expert = {each / float(slope) / 1e6:.1f} GB/s"
+    )
+
+
+def table(results: list[Result]) -> Table:
+    out = Table("model", "dtype", "threads", "rows", "kernel", title="median times")
+    for title in ("us", "floor us", "% of floor", "torch us", "x torch"):
+        out.add_column(title, justify="right")
+    for r in results:
+        out.add_row(
+            *(r.model, r.dtype, str(r.threads), str(r.rows), r.name),
+            *(f"{r.seconds * 1e6:.0f}", f"{r.floor * 1e6:.0f}", f"{100 * r.floor / r.seconds:.0f}"),
+            *(f"{r.torch_seconds * 1e6:.0f}", f"{r.torch_seconds / r.seconds:.2f}"),
+        )
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--models", nargs="+", default=["mid"], choices=MODELS)
+    parser.add_argument("--dtypes", nargs="+", default=list(TYPES), choices=TYPES)
+    parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--isa", help="variant; the best that runs here unless given")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds a case")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    console = Console(width=120)
+    flags = next(s for s in Path("/proc/cpuinfo").read_text().splitlines() if s[:5] == "flags")
+    isa = options.isa or build.runnable(flags.split())[0]
+    lib = Library(build.build_library([isa])[isa])
+    results: list[Result] = []
+    lines: list[str] = []
+    for threads in options.threads:
+        lib.set_threads(threads)
+        torch.set_num_threads(threads)
+        machine = measure(lib)
+        rates = ", ".join(f"{t} {2e-9 * rate:.0f} GFLOP/s" for t, rate in machine.rates.items())
+        lines.append(f"{isa}, threads {threads}: {machine.bandwidth / 1e9:.1f} GB/s, {rates}")
+        for name in options.models:
+            for t in options.dtypes:
+                for make in CASES:
+                    for rows in options.rows:
+                        torch.manual_seed(0)
+                        probe = make.__name__ if make.__name__ != "<lambda>" else "vocab noisy"
+                        if options.only not in probe:
+                            continue
+                        case = make(MODELS[name], rows, t)
+                        ours, theirs = compare(lib, case, options.budget)
+                        at = floor(case, t, machine)
+                        results.append(Result(name, t, threads, rows, case.name, ours, theirs, at))
+                if options.only in "moe_ffn":
+                    lines.append(experts_line(lib, MODELS[name], t, options.budget))
+    console.print(table(results))
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    if options.json:
+        report = {"lines": lines, "results": [asdict(r) for r in results]}
+        options.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
