@@ -191,6 +191,9 @@ def _load_exported(path: Path) -> nn.Module:
 def _of_module(module: nn.Module, options: Options) -> Origin:
     if options.mask_id is None:
         raise ConfigError("a module does not say its mask token", remedy="--mask-id / mask_id=...")
+    # An exported program has no modes; it was exported in the one that it has.
+    if not isinstance(module, torch.fx.GraphModule):
+        module.eval()
     # Tied weights keep all their names.
     parameters = dict(module.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
@@ -234,6 +237,7 @@ def trace_origin(
         return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
     with fake_weights():
         module = origin.build()
+        module.eval()
         return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
 
 

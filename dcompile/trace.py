@@ -116,10 +116,10 @@ class Traced:
 def trace(model: nn.Module, wanted: Traced) -> Program:
     """Export one iteration of `model` as a TRACED program.
 
-    The model sees one sequence of symbolic length R.  Raises UnsupportedModel (or a class of it)
+    The model, in eval mode, sees one sequence of symbolic length R.  Raises UnsupportedModel (or a class of it)
     where export fails, with export's own reason in one line.
     """
-    step = Step(model, wanted.shape.mask_id, wanted.policy).eval()
+    step = Step(model, wanted.shape.mask_id, wanted.policy)
     arguments = _example(wanted)
     dynamic = _dynamic(wanted)
     try:

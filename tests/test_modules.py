@@ -81,7 +81,7 @@ def test_a_foreign_model_gives_the_same_tokens(make: object, tmp_path: Path) -> 
         wanted = decode(model, prompt, 16, 8, MASK, threshold=0.2)
         assert (result.all_tokens, result.forwards) == wanted
         seen.update(result.all_tokens)
-    assert len(seen) > 3
+    assert len(seen) > 2
 
 
 def test_an_exported_program_compiles(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from torch import nn
 from dcompile.errors import ConfigError
 from dcompile.ir.weights import Recipe, Source, Stack
 
+REPEATED = ("rope_theta", "partial_rotary_factor")  # newer configs have these in an object too
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -134,19 +136,22 @@ class Config:
 
 
 def rope_theta(config: Config) -> float:
-    """The rotary base; scaled variants of rotary embedding are refused."""
+    """The rotary base, from either place; scaled variants of rotary embedding are refused."""
+    found = config.values.get("rope_theta")
     for key in ("rope_scaling", "rope_parameters"):
         scaling = config.values.get(key) or {}
         if not isinstance(scaling, dict):
             raise config.error(key, "null or an object")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        surplus = set(scaling) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if kind != "default" or surplus:
+        if kind != "default" or set(scaling) - {"rope_type", "type", *REPEATED}:
             raise config.error(key, "null: scaled rotary embedding is not supported")
-    inner = config.values.get("rope_parameters")
-    if not config.given("rope_theta") and isinstance(inner, dict) and "rope_theta" in inner:
-        return Config(inner, f"{config.file}, rope_parameters").number("rope_theta")
-    return config.number("rope_theta")
+        found = scaling.get("rope_theta") if found is None else found
+        outside = {**config.values, "rope_theta": found}
+        if any(scaling[name] != outside.get(name) for name in REPEATED if name in scaling):
+            raise config.error(key, f"{' and '.join(REPEATED)} as they stand outside of it")
+    if found is None:
+        raise config.error("rope_theta", "a positive number")
+    return Config({**config.values, "rope_theta": found}, config.file).number("rope_theta")
 
 
 def rotary_dim(config: Config, head_dim: int, factor: float) -> int:

@@ -182,7 +182,7 @@ def _load(path: Path) -> object:
             where=str(path),
             remedy=f"save config and state_dict instead: {WAYS_OUT}",
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged file can make the unpickler fail in any way
         raise CheckpointError(
             f"cannot be read as a file of torch.save: {_first_line(error)}",
             where=str(path),

@@ -162,8 +162,14 @@ def moe_sizes(config: Config) -> MoESizes:
         scale=config.number("routed_scaling_factor"),
         groups=groups,
         kept_groups=kept,
-        shared_inner=inner * config.integer("num_shared_experts", 0, 64),
+        shared_inner=inner * shared_experts(config),
     )
+
+
+def shared_experts(config: Config) -> int:
+    """`num_shared_experts` may be null, which stands for none; it may not be absent."""
+    null = "num_shared_experts" in config.values and not config.given("num_shared_experts")
+    return 0 if null else config.integer("num_shared_experts", 0, 64)
 
 
 def layer_kinds(config: Config) -> tuple[str, ...]:
