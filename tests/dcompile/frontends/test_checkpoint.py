@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,14 @@ def test_harmless_surplus_is_ignored(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(edit_tensors(folder, lambda t: t.update(surplus)))
     model = checkpoint.reference()
     assert torch.equal(model.lm_head.weight, model.embed_tokens.weight)
+
+
+def test_null_stands_for_none_where_the_authors_say_so(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "a", "llada2", num_shared_experts=0)
+    assert open_checkpoint(edit_config(folder, num_shared_experts=None))
+    folder = write_checkpoint(tmp_path / "b", "llada", n_kv_heads=4, embedding_size=131)
+    spec = open_checkpoint(edit_config(folder, n_kv_heads=None, embedding_size=None)).spec
+    assert spec.vocab_size == 131
 
 
 def test_rope_parameters_of_newer_configs(tmp_path: Path) -> None:
@@ -252,6 +261,8 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("llada_moe", "hidden_act", {"hidden_act": "gelu"}),
     ("llada_moe", "rope_scaling", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
     ("llada_moe", "rope_scaling", {"rope_scaling": "linear"}),
+    ("llada_moe", "rope_parameters", {"rope_parameters": {"rope_theta": 1e6}}),
+    ("llada_moe", "rope_parameters", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
     ("llada_moe", "torch_dtype", {"torch_dtype": "int8"}),
     ("llada", "d_model", {"n_heads": 7}),
     ("llada", "n_heads", {"n_kv_heads": 3}),
@@ -457,6 +468,25 @@ def test_truncated_model_pt(tmp_path: Path, keep: int) -> None:
     file = write_model_pt(tmp_path / "model.pt", "sdar")
     file.write_bytes(file.read_bytes()[:keep])
     refused(CheckpointError, file, "model.pt")
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+def test_damaged_model_pt_never_escapes_as_a_traceback(tmp_path: Path) -> None:
+    file = write_model_pt(tmp_path / "model.pt", "sdar")
+    whole = file.read_bytes()
+    for at in range(0, 6000, 23):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :])
+        with contextlib.suppress(DcompileError):
+            open_checkpoint(file)
+
+
+def test_damaged_header_never_escapes_as_a_traceback(tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path, "sdar") / "model.safetensors"
+    whole = file.read_bytes()
+    for at in range(0, 8 + int.from_bytes(whole[:8], "little"), 13):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :])
+        with contextlib.suppress(DcompileError):
+            open_checkpoint(tmp_path)
 
 
 def test_model_pt_of_the_old_format(tmp_path: Path) -> None:
