@@ -39,8 +39,16 @@ def lower(program: Program) -> Lowered:
     buffers = plan_buffers(program, plan)
     launches = [_launch(program, item, buffers) for item in plan.launches]
     (returned,) = program.result().args
-    state = {i.name: buffers.index[program.placeholder(i.name)] for i in program.inputs if i.kind == "state"}
-    inputs = {i.name: buffers.index[program.placeholder(i.name)] for i in program.inputs if i.kind == "step"}
+    state = {
+        i.name: buffers.index[program.placeholder(i.name)]
+        for i in program.inputs
+        if i.kind == "state"
+    }
+    inputs = {
+        i.name: buffers.index[program.placeholder(i.name)]
+        for i in program.inputs
+        if i.kind == "step"
+    }
     outputs = {
         output.name: _place(buffers, plan, node)
         for node, output in zip(returned, program.outputs, strict=True)  # type: ignore[arg-type]
@@ -93,7 +101,9 @@ def _launch(program: Program, launch: Launch, buffers: Buffers) -> dict[str, Any
         node = launch.node
         text["args"] = [_torch_argument(program, a, buffers) for a in node.args]
         kwargs = {k: _torch_argument(program, a, buffers) for k, a in node.kwargs.items()}
-        text["kwargs"] = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
+        text["kwargs"] = {
+            k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")
+        }
         if isinstance(node.meta["val"], (tuple, list)):
             by_index = {u.args[1]: buffers.index[u] for u in launch.writes}
             text["writes"] = [by_index.get(i) for i in range(len(node.meta["val"]))]

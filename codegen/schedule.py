@@ -135,7 +135,11 @@ class _Scheduler:
         (values,) = self.program.result().args
         for node, output in zip(values, self.program.outputs, strict=True):  # type: ignore
             state = None if output.state is None else self.program.placeholder(output.state)
-            if state is not None and self.out.aliases.get(base(node)) is not state and node is not state:
+            if (
+                state is not None
+                and self.out.aliases.get(base(node)) is not state
+                and node is not state
+            ):
                 raise UnsupportedModel(f"state {output.state} is not updated in place")
 
 

@@ -243,7 +243,13 @@ def _gather(program: Program, node: Node) -> Launch | None:
         return None
     row: list[Size] = [int(d) for d in value(x).shape[axis + 1 :]]
     size = elements([*row, value(x).element_size()])
-    args: list[Argument] = [Value(node), Value(x), Value(index), rows_of(program, index, 0), Int(size)]
+    args: list[Argument] = [
+        Value(node),
+        Value(x),
+        Value(index),
+        rows_of(program, index, 0),
+        Int(size),
+    ]
     return _native("gather_rows", node, args, [node])
 
 

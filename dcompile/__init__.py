@@ -1,8 +1,8 @@
 """dcompile: an ahead-of-time compiler for diffusion language models.
 
-    runner = dcompile.compile("checkpoint/", max_length=512)
-    runner = dcompile.load("model.dcx")
-    results = runner.generate(["prompt"], gen_length=64)
+runner = dcompile.compile("checkpoint/", max_length=512)
+runner = dcompile.load("model.dcx")
+results = runner.generate(["prompt"], gen_length=64)
 """
 
 from __future__ import annotations

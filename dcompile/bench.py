@@ -19,6 +19,13 @@ from dcompile.runtime.loop import Runner
 
 Step = Callable[[Mapping[str, Tensor]], object]
 
+RIVALS = {
+    "plain": "the plain model, whole sequence, every expert for every token (the reference)",
+    "full": "eager PyTorch, whole sequence, only touched experts",
+    "eager": "eager PyTorch, the window's rows, same cache, only touched experts",
+    "compile": "torch.compile of `eager`",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -61,7 +68,11 @@ class Table:
 
 
 def step_inputs(
-    runner_inputs: Sequence[str], context: int, block: int, window: int, parameters: Mapping[str, float]
+    runner_inputs: Sequence[str],
+    context: int,
+    block: int,
+    window: int,
+    parameters: Mapping[str, float],
 ) -> dict[str, Tensor]:
     """The inputs of one window iteration of one sequence whose block starts at `context - block`."""
     start = context - block
@@ -94,7 +105,12 @@ def prepare(canvas: Tensor, context: int, block: int, mask_id: int, vocab: int) 
     canvas[0, :context] = ids
 
 
-def paired(contestants: Mapping[str, Step], inputs: Mapping[str, Mapping[str, Tensor]], reset: Callable[[], None], rounds: int) -> list[Row]:
+def paired(
+    contestants: Mapping[str, Step],
+    inputs: Mapping[str, Mapping[str, Tensor]],
+    reset: Callable[[], None],
+    rounds: int,
+) -> list[Row]:
     """Time the contestants in turn, round by round, after a warm-up each."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 2):
@@ -121,7 +137,7 @@ def bench(
     rounds: int = 15,
     threads: int | None = None,
 ) -> Table:
-    """The artifact's window step beside `against` ("eager", "compile", "plain"), in one process.
+    """The artifact's window step beside `against` (names of RIVALS), in one process.
 
     The rivals need the checkpoint; raises OptionError without it.
     """
@@ -143,12 +159,10 @@ def bench(
     canvases = [runner.executor.state["canvas"]]
     for name in against:
         assert checkpoint is not None
-        step, canvas, needs = _rival(name, checkpoint, Options(**_options(options)))
-        contestants[name] = step
-        whole = context if name == "plain full forward" else block
-        inputs[name] = step_inputs(needs or list(ours), context, block, whole, parameters)
-        if canvas is not None:
-            canvases.append(canvas)
+        contestants[name], canvas = _rival(name, checkpoint, Options(**_options(options)))
+        rows = context if name == "full" else block
+        inputs[name] = step_inputs(list(ours), context, block, rows, parameters)
+        canvases.append(canvas)
 
     def reset() -> None:
         for canvas in canvases:
@@ -169,9 +183,7 @@ def _options(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _rival(
-    name: str, checkpoint: Path, options: Options
-) -> tuple[Step, Tensor | None, list[str] | None]:
+def _rival(name: str, checkpoint: Path, options: Options) -> tuple[Step, Tensor]:
     from dcompile.eager import eager_step
 
     if name == "plain":
@@ -186,10 +198,10 @@ def _rival(
                 z = model(canvas[:, :end])[0, inputs["block_pos"][0]].float()
                 return torch.softmax(z, -1).max(-1).indices
 
-        return full, canvas, None
-    if name not in ("eager", "compile"):
-        raise OptionError(f"no rival is called {name!r}", remedy="one of eager, compile, plain")
+        return full, canvas
+    if name not in ("eager", "compile", "full"):
+        raise OptionError(f"no rival is called {name!r}", remedy=f"one of {', '.join(RIVALS)}")
     rival = eager_step(checkpoint, options)
     if name == "compile":
         rival = rival.compiled()
-    return rival.step, rival.state["canvas"], None
+    return rival.step, rival.state["canvas"]

@@ -56,13 +56,19 @@ def compile_checkpoint(
     return _compile(open_origin(Path(path), options), options, out, progress)
 
 
-def compile_module(module: nn.Module, options: Options, out: Path, progress: Progress = log.info) -> Path:
+def compile_module(
+    module: nn.Module, options: Options, out: Path, progress: Progress = log.info
+) -> Path:
     """Compile a user's own module `ids i64 [B, T] -> logits [B, T, V]`."""
     return _compile(_of_module(module, options), options, out, progress)
 
 
 def compile_model(
-    model: nn.Module | str | Path, options: Options | None = None, *, out: str | Path | None = None, **changes: Any
+    model: nn.Module | str | Path,
+    options: Options | None = None,
+    *,
+    out: str | Path | None = None,
+    **changes: Any,
 ) -> Runner:
     """Compile a module or a checkpoint's path, and load the result.
 
@@ -131,7 +137,8 @@ def settle(options: Options, spec: ModelSpec) -> Options:
         )
     if block > length:
         raise OptionError(
-            f"a block of {block} does not fit into {length} positions", remedy="a smaller --block-length"
+            f"a block of {block} does not fit into {length} positions",
+            remedy="a smaller --block-length",
         )
     dtype = options.dtype
     if dtype == "auto":

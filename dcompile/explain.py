@@ -22,9 +22,13 @@ def report(program: Program, lowered: Lowered, records: list[Record]) -> str:
     lines += ["", "kernel                                   launches"]
     for kernel, count in Counter(item.kernel for item in lowered.launches).most_common():
         lines.append(f"{kernel:40}{count:9}")
-    per_layer = Counter(item["layer"] for item in lowered.plan["launches"] if item["layer"] is not None)
+    per_layer = Counter(
+        item["layer"] for item in lowered.plan["launches"] if item["layer"] is not None
+    )
     lines.append("")
-    lines.append(f"launches  {len(lowered.launches)}, at most {max(per_layer.values(), default=0)} a layer")
+    lines.append(
+        f"launches  {len(lowered.launches)}, at most {max(per_layer.values(), default=0)} a layer"
+    )
     lines.append(f"regions   {len(lowered.plan['regions'])}")
     lines.append(f"slots     {lowered.plan['slots']} for {_slot_values(lowered)} values")
     if program.remarks:

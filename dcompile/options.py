@@ -46,7 +46,8 @@ class Options:
             raise OptionError(f"refresh_every must be at least 1, not {self.refresh_every}")
         if self.cache is not None and self.cache not in CACHES:
             raise OptionError(
-                f"there is no cache policy named {self.cache!r}", remedy=f"one of {', '.join(CACHES)}"
+                f"there is no cache policy named {self.cache!r}",
+                remedy=f"one of {', '.join(CACHES)}",
             )
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise OptionError(
@@ -58,7 +59,9 @@ class Options:
                 f"target {self.target!r} is not supported", remedy="--target cpu or auto"
             )
         if self.smoothing is not None:
-            raise OptionError("iteration smoothing is not built yet", remedy="leave --smoothing out")
+            raise OptionError(
+                "iteration smoothing is not built yet", remedy="leave --smoothing out"
+            )
 
     def record(self) -> dict[str, object]:
         """As data for the manifest, without what only steers the compiler."""

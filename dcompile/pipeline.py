@@ -78,7 +78,10 @@ Check = Callable[[Program, Pass | None], None]
 
 
 def run(
-    program: Program, options: Options, check: Check | None = None, progress: Callable[[str], None] | None = None
+    program: Program,
+    options: Options,
+    check: Check | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> list[Record]:
     """Run the passes; after each that changed something: clean up, verify, record.
 

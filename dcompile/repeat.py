@@ -62,7 +62,9 @@ def _entry(body: list[Node], inside: set[Node], previous: Node | None) -> Node:
     outside = {a for n in body for a in n.all_input_nodes if a not in inside}
     if previous is not None and previous in outside:
         return previous
-    first = next(a for n in body for a in n.all_input_nodes if a in outside and a.op != "placeholder")
+    first = next(
+        a for n in body for a in n.all_input_nodes if a in outside and a.op != "placeholder"
+    )
     return first
 
 
@@ -114,7 +116,9 @@ def _copy(
     readers = [u for u in hidden.users if u not in inside and facts(u).layer != layer]
     anchor = hidden if hidden not in inside else body[-1]
     if hidden is not out:
-        anchor = max((n for n in program.graph.nodes if facts(n).layer == layer - 1), key=_order(program))
+        anchor = max(
+            (n for n in program.graph.nodes if facts(n).layer == layer - 1), key=_order(program)
+        )
     for node in body:
         with program.graph.inserting_after(anchor):
             twin = program.graph.node_copy(node, lambda n: swap.get(n, n))

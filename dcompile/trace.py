@@ -225,9 +225,7 @@ def _program(exported: ExportedProgram, wanted: Traced) -> Program:
     for node in module.graph.nodes:
         node.meta = {"val": node.meta.get("val"), KEY: _facts(node)}
     symbols = _symbols(module)
-    return Program(
-        module, inputs, list(OUTPUTS), wanted.shape, recipes, constants, symbols
-    )
+    return Program(module, inputs, list(OUTPUTS), wanted.shape, recipes, constants, symbols)
 
 
 def _symbols(module: torch.fx.GraphModule) -> dict[str, str]:

@@ -46,7 +46,13 @@ RESHAPES = {
     aten.view_as.default,
 }
 PERMUTES = {aten.transpose.int, aten.t.default, aten.permute.default, aten.movedim.int}
-CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten.to.device}
+CASTS = {
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.type_as.default,
+    aten.to.device,
+}
 SPLITS = {
     aten.split.Tensor,
     aten.split.sizes,
@@ -185,7 +191,9 @@ def _reshape(program: Program, node: Node) -> int:
     while isinstance(source, Node) and source.target is aten.reshape.default:
         source = source.args[0]  # type: ignore[assignment]
     wanted = shape_arg(value(node).shape)
-    if wanted is None or (node.target is aten.reshape.default and source is x and node.args[1] == wanted):
+    if wanted is None or (
+        node.target is aten.reshape.default and source is x and node.args[1] == wanted
+    ):
         return 0
     replace(program, node, aten.reshape.default, source, wanted)
     return 1

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.ir import ops
-from dcompile.ir.meta import facts, note
+from dcompile.ir.meta import note
 from dcompile.ir.program import Exactness, Program
 
 aten = torch.ops.aten
@@ -77,4 +77,3 @@ def _reader(node: Node) -> Node | None:
         if node.target not in (aten.reshape.default, aten.permute.default, aten._to_copy.default):
             break
     return None
-

@@ -44,9 +44,7 @@ def _is_residual(norm: Node) -> bool:
     if len(sides) != 2 or first is not norm:
         return False
     out = value(add)
-    return all(
-        same_shape(value(s).shape, out.shape) and value(s).dtype == out.dtype for s in sides
-    )
+    return all(same_shape(value(s).shape, out.shape) and value(s).dtype == out.dtype for s in sides)
 
 
 def _in_order(node: Node) -> list[Node]:

@@ -64,7 +64,9 @@ def _fuse(program: Program, node: Node) -> int:
     hidden, down, gate = node.args[1]  # type: ignore[misc]
     experts = _experts(hidden)
     if experts is None or down.op != "placeholder":
-        return _leave(program, node, "the experts are not silu(x gate) * (x up) with stacked weights")
+        return _leave(
+            program, node, "the experts are not silu(x gate) * (x up) with stacked weights"
+        )
     router = _router(gate)
     if router is None:
         return _leave(program, node, "the gate is not the top k of a softmax or sigmoid")
@@ -84,7 +86,9 @@ def _fuse(program: Program, node: Node) -> int:
     weights, chosen = item(program, node, routed, 0), item(program, node, routed, 1)
     rows = insert(program, node, VIEW, x, [-1, size])
     merged = _gate_up(program, node, gate_weight, up_weight)
-    out = insert(program, node, ops.MOE_FFN, rows, weights, chosen, merged, down, None, None, "silu")
+    out = insert(
+        program, node, ops.MOE_FFN, rows, weights, chosen, merged, down, None, None, "silu"
+    )
     note(out, role="moe_ffn")
     replace(program, node, VIEW, out, [1, -1, size])
     return 1

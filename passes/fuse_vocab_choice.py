@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.ir import ops
-from dcompile.ir.edit import insert, replace, through, value
+from dcompile.ir.edit import insert, through, value
 from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program, Remark
 

@@ -257,7 +257,9 @@ def _reshape(program: Program, node: Node) -> str:
 def _cat(program: Program, node: Node) -> str:
     parts = node.args[0]
     assert isinstance(parts, (list, tuple))
-    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % node.meta["val"].dim()  # type: ignore[operator]
+    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % node.meta[
+        "val"
+    ].dim()  # type: ignore[operator]
     axes = {_axis(program, p) for p in parts if isinstance(p, Node)}
     if len(axes) != 1 or None in axes:
         return "it joins the sequence with something else"

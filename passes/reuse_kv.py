@@ -143,7 +143,8 @@ def _check_shapes(node: Node, q: Node, k: Node, v: Node) -> None:
     for shape in shapes:
         if len(shape) != 4 or shape[0] != 1 or is_static(shape[2]):
             raise UnsupportedModel(
-                f"attention over {tuple(map(str, shape))}, not [1, heads, sequence, size]", where=where
+                f"attention over {tuple(map(str, shape))}, not [1, heads, sequence, size]",
+                where=where,
             )
     if not shapes[0][3] == shapes[1][3] == shapes[2][3]:
         raise UnsupportedModel("queries, keys and values differ in size", where=where)
@@ -162,9 +163,7 @@ def _cache(program: Program, name: str, rows: Node) -> Node:
     shape = program.shape
     heads, size = int(value(rows).shape[1]), int(value(rows).shape[3])
     with fake_mode(program):
-        held = torch.empty(
-            (shape.slots, shape.positions, heads, size), dtype=value(rows).dtype
-        )
+        held = torch.empty((shape.slots, shape.positions, heads, size), dtype=value(rows).dtype)
     return add_input(program, name, "state", held)
 
 

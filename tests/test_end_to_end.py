@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import dcompile
 import pytest
 import torch
 from checkpoints import write_checkpoint, write_model_pt
+from slow import decode
+
+import dcompile
 from dcompile.driver import compile_checkpoint
 from dcompile.frontends.checkpoint import Checkpoint, open_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.loop import Runner
 from dcompile.verify import verify
-from slow import decode
 
 FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe")
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 11, [3, 1, 4, 1, 5, 9, 2, 6], [8]]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import dcompile
 import pytest
 import torch
-from dcompile.driver import compile_checkpoint
-from dcompile.errors import DcompileError, MixesPositions, UnsupportedModel
-from dcompile.options import Options
 from slow import decode
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+import dcompile
+from dcompile.driver import compile_checkpoint
+from dcompile.errors import DcompileError, MixesPositions, UnsupportedModel
+from dcompile.options import Options
 
 MASK = 99
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 11, [3, 1, 4, 1, 5, 9, 2, 6]]
@@ -159,7 +160,9 @@ def test_a_model_without_attention_compiles(tmp_path: Path) -> None:
         model, mask_id=MASK, max_length=64, block_length=8, out=tmp_path / "m.dcx"
     )
     (result,) = runner.generate([[1, 2, 3]], gen_length=8, threshold=0.2)
-    assert (result.all_tokens, result.forwards) == decode(model, [1, 2, 3], 8, 8, MASK, threshold=0.2)
+    assert (result.all_tokens, result.forwards) == decode(
+        model, [1, 2, 3], 8, 8, MASK, threshold=0.2
+    )
 
 
 class Selects(Tiny):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-
 from dataclasses import dataclass, field
 
 import torch
@@ -199,18 +198,23 @@ class _Emitter:
                 self._reduce(node)
             else:
                 self._loop(node, node, self.element(node, _indices(self.shape(node))))
-        writes = [n for n in self.nodes if n in self.stored and n in self.buffers and n not in updates]
+        writes = [
+            n for n in self.nodes if n in self.stored and n in self.buffers and n not in updates
+        ]
         writes = [n for n in writes if n.target not in (aten.index_put.default, ops.WRITE_ROWS)]
         pointers = [
-            f"  auto *const b{i} = ({CTYPE[value(n).dtype]} *)a[{i}].p;" for n, i in self.buffers.items()
+            f"  auto *const b{i} = ({CTYPE[value(n).dtype]} *)a[{i}].p;"
+            for n, i in self.buffers.items()
         ]
         count = len(self.buffers)
         sizes = f"  const int64_t R = a[{count}].i, B = a[{count + 1}].i;\n  (void)R, (void)B;"
         body = "\n".join([*pointers, sizes, *self.lines])
-        source = f'EXPORT void {self.name}(const Arg *a) {{\n{body}\n}}\n'
+        source = f"EXPORT void {self.name}(const Arg *a) {{\n{body}\n}}\n"
         args: list[Argument] = [Value(n) for n in self.buffers]
         args += [Int({"R": 1}), Int({"B": 1})]
-        launch = Launch("native", self.name, self.nodes[-1], args, writes, updates, list(self.nodes))
+        launch = Launch(
+            "native", self.name, self.nodes[-1], args, writes, updates, list(self.nodes)
+        )
         return source, launch
 
     def shape(self, node: Node) -> list[str]:
@@ -476,5 +480,3 @@ def _reshaped(index: list[str], new: list[str], old: list[str]) -> list[str]:
         text = f"(({rest}) / ({inner}))" if inner != "1" else f"({rest})"
         out.append(text if d == 0 else f"({text} % {old[d]})")
     return out
-
-

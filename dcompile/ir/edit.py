@@ -40,7 +40,11 @@ def _fake_modes(args: object) -> list[torch._subclasses.FakeTensorMode]:
 
 
 def insert(
-    program: Program, at: Node, target: Callable[..., object], *args: object, like: Node | None = None
+    program: Program,
+    at: Node,
+    target: Callable[..., object],
+    *args: object,
+    like: Node | None = None,
 ) -> Node:
     """A new call before `at`; its facts are those of `like` (by default of `at`)."""
     with program.graph.inserting_before(at):

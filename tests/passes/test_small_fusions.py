@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from check import check_pass
+
 from dcompile.passes.canonicalize import Canonicalize
 from dcompile.passes.find_roles import FindRoles
 from dcompile.passes.fuse_add_rms_norm import FuseAddRMSNorm

@@ -7,6 +7,9 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
 from dcompile.ir.contract import verify
 from dcompile.ir.edit import value
 from dcompile.ir.meta import KEY, Facts
@@ -15,8 +18,6 @@ from dcompile.ir.show import show
 from dcompile.ir.weights import Source
 from dcompile.passes.canonicalize import Canonicalize
 from dcompile.pipeline import clean_up
-from torch import Tensor, nn
-from torch.export import Dim
 
 SHAPE = StepShape(slots=1, positions=32, block_length=4, mask_id=0, dtype=torch.float32)
 
@@ -57,9 +58,7 @@ def small_program(
         node.meta = {"val": node.meta.get("val"), KEY: Facts()}
     (result,) = next(reversed(graph.graph.nodes)).args
     outputs = [Output(f"out{i}") for i in range(len(result))]
-    symbols = {
-        str(n.meta["val"].shape[rows].node.expr): "R" for n in holders if n.name in inputs
-    }
+    symbols = {str(n.meta["val"].shape[rows].node.expr): "R" for n in holders if n.name in inputs}
     program = Program(
         graph, items, outputs, SHAPE, {n: Source(n) for n in weights or {}}, {}, symbols
     )
