@@ -142,6 +142,7 @@ def moe(m: Model, R: int, t: str, touched: int | None = None) -> Case:
     x, y = torch.randn(R, D).to(TYPES[t]), torch.empty(R, D, dtype=TYPES[t])
     pool = torch.randperm(E)[: touched or E]
     experts = torch.stack([pool[torch.randperm(len(pool))[:k]] for _ in range(R)]).int()
+    touched_experts = sorted(set(experts.flatten().tolist()))
     weights = torch.rand(R, k)
     shape = (R, D, W, E, k, 0)
     calls: list[list[Value]] = [
@@ -151,14 +152,14 @@ def moe(m: Model, R: int, t: str, touched: int | None = None) -> Case:
 
     def eager(i: int) -> torch.Tensor:
         out = torch.zeros(R, D)
-        for e in experts.unique().tolist():
+        for e in touched_experts:
             rows, rank = (experts == e).nonzero(as_tuple=True)
             g, u = F.linear(x[rows], gate_up[i][e]).chunk(2, -1)
             v = F.linear(F.silu(g) * u, down[i][e])
             out.index_add_(0, rows, v.float() * weights[rows, rank, None])
         return out.to(TYPES[t])
 
-    read = len(experts.unique())
+    read = len(touched_experts)
     return Case(
         f"moe_ffn ({read} experts)",
         f"moe_ffn_{t}",
@@ -299,9 +300,10 @@ def experts_line(lib: Library, m: Model, t: str, budget: float) -> str:
     slope, start = torch.linalg.lstsq(system, torch.tensor(times)[:, None].double()).solution
     each = 3 * m.hidden * m.width * TYPES[t].itemsize
     listed = ", ".join(f"{c}: {ms:.2f}" for c, ms in zip(counts, times, strict=True))
+    speed = each / float(slope) / 1e6
     return (
         f"moe_ffn {t}, 32 rows, ms by experts touched: {listed}; "
-        f"{float(start):.2f} + {float(slope):.4f} ms an expert = {each / float(slope) / 1e6:.1f} GB/s"
+        f"{float(start):.2f} + {float(slope):.4f} ms an expert = {speed:.1f} GB/s"
     )
 
 

@@ -106,8 +106,8 @@ def _compile(origin: Origin, options: Options, out: Path, progress: Progress) ->
     progress("write")
     with ArtifactWriter(out) as writer:
         writer.add_bytes("plan.json", _json(lowered.plan))
-        for name, data in _texts(program, lowered, traced, records, options).items():
-            writer.add_bytes(name, data.encode())
+        for name, text in _texts(program, lowered, traced, records).items():
+            writer.add_bytes(name, text.encode())
         for name, data in kernels.items():
             writer.add_bytes(name, data)
         for name, data in origin.tokenizer.items():
@@ -291,7 +291,7 @@ def _json(value: object) -> bytes:
 
 
 def _texts(
-    program: Program, lowered: Lowered, traced: str, records: list[Record], options: Options
+    program: Program, lowered: Lowered, traced: str, records: list[Record]
 ) -> dict[str, str]:
     out = {"stages/00_traced.txt": traced}
     for i, record in enumerate(records, start=1):

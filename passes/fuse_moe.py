@@ -112,7 +112,7 @@ def _project(node: object) -> tuple[Node, Node] | None:
     if not (isinstance(node, Node) and node.target is EINSUM):
         return None
     terms, _, out = str(node.args[0]).replace(" ", "").partition("->")
-    x, w = (terms.split(",") + [""])[:2]
+    x, w = [*terms.split(","), ""][:2]
     if len(x) != 3 or len(w) != 3 or w[2] != x[2] or out != x[:2] + w[:2]:
         return None
     a, b = node.args[1]  # type: ignore[misc]

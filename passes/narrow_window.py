@@ -32,7 +32,9 @@ class NarrowWindow:
 
 
 def _chooses_rows(node: Node) -> bool:
-    (index, *rest) = node.args[1]  # type: ignore[misc]
+    indices = node.args[1]
+    assert isinstance(indices, (list, tuple))
+    index, *rest = indices
     return not rest and isinstance(index, Node) and index.name == "choice_row"
 
 

@@ -106,7 +106,7 @@ def can_emit(node: Node) -> bool:
         wide = val.dtype not in (torch.float64,)
         return wide and isinstance(node.args[1], (list, tuple, int))
     if target is aten.index.Tensor:
-        x, indices = node.args
+        _, indices = node.args
         return all(i is not None and value(i).dtype == torch.int64 for i in indices)  # type: ignore
     if target is aten.index_put.default:
         accumulate = len(node.args) > 3 and node.args[3]

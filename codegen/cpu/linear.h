@@ -41,19 +41,17 @@ static void linear(T *y, const T *x, const T *w, const T *bias, const T *residua
         A *a = carve.take<A>(tiles.rows * row_size<T>(K));
         float *cs = carve.take<float>(threads * tiles.rows * PANEL);
 
+        // Before the region: a barrier would cost more, above all where the cores are busy.
+        for (int64_t t = 0; t < tiles.count; t++) {
+            const T *rows = x + (r0 + tiles.first(t)) * K;
+            pack_rows<T>(a + tiles.first(t) * row_size<T>(K), tiles.size(t), K,
+                         [&](int64_t i) { return rows + i * K; });
+        }
         region(threads, [&](Team &team) {
-            team.loop(0, tiles.count, 1, [&](int64_t first, int64_t last) {
-                for (int64_t t = first; t < last; t++) {
-                    const T *rows = x + (r0 + tiles.first(t)) * K;
-                    pack_rows<T>(a + tiles.first(t) * row_size<T>(K), tiles.size(t), K,
-                                 [&](int64_t i) { return rows + i * K; });
-                }
-            });
-            team.barrier();
             float *c = cs + team.rank() * tiles.rows * PANEL;
             const int64_t items = panels * shares;
             const int64_t chunk = max_of(1, items / (team.size * 4));
-            team.loop(1, items, team.size == 1 ? items : chunk, [&](int64_t first, int64_t last) {
+            team.loop(0, items, team.size == 1 ? items : chunk, [&](int64_t first, int64_t last) {
                 for (int64_t i = first; i < last; i++) {
                     const int64_t p = i / shares, share = i % shares;
                     const int64_t t0 = share * tiles.count / shares;

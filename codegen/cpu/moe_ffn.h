@@ -2,9 +2,10 @@
 //          expert(e, x) = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd, hidden width F
 //
 // gate_up is packed [E, 2F, D], gate rows first; down is packed [E, D, F].  The (row, j) pairs,
-// slots, are sorted by expert, so that each expert that any row chose is read once; then three
-// phases, each shared out over all experts' panels: gate and up, activation, down.  The slots of a
-// row are added up in the order of j, whatever else runs.
+// slots, are sorted by expert, so that each expert that any row chose is read once; then two
+// phases, each shared out over all experts' panels: gate and up with the activation, and down.
+// (Where F is no multiple of 32, gate and up columns do not pair by panel, and the activation is a
+// phase of its own.)  The slots of a row are added up in the order of j, whatever else runs.
 #pragma once
 
 #include "gemm.h"
@@ -73,52 +74,92 @@ static void sort_slots(Sorted &s, Carve &carve, const int32_t *experts, int64_t 
     }
 }
 
-// out[panel][slot][32] = A[slot] W[expert of the slot]^T for every touched expert and panel.
+// Panels of the touched experts, in the order in which they are multiplied.
+template <class T> struct Panels {
+    const Sorted &s;
+    const T *w;
+    int64_t count, size;  // of an expert's panels; of a panel
+
+    const T *at(int64_t e, int64_t p) const {
+        if (p >= count) e++, p = 0;
+        return e < s.touched ? w + (s.expert[e] * count + p) * size : nullptr;
+    }
+};
+
+// out[panel][slot][32] = A[slot] W[expert of the slot]^T for one panel of one expert.
 template <class T>
-static INLINE void grouped(Team &team, int phase, const Sorted &s, const typename Operand<T>::A *a,
-                           const T *w, int64_t N, int64_t K, float *out) {
-    const int64_t panels = div_up(N, PANEL), size = panel_size<T>(K), items = s.touched * panels;
-    const int64_t chunk = team.size == 1 ? items : max_of(1, min_of(panels, items / (team.size * 6)));
+static INLINE void expert_panel(const Sorted &s, int64_t e, int64_t p,
+                                const typename Operand<T>::A *a, const T *panel, const T *next,
+                                int64_t K, float *out) {
+    const int64_t slot = s.first[e];
+    gemm_panel<T>(Tiling(s.first[e + 1] - slot), 0, s.first_tile[e + 1] - s.first_tile[e],
+                  a + slot * row_size<T>(K), panel, next, K, out + (p * s.slots + slot) * PANEL);
+}
+
+// body(e, p) for each touched expert and each of `per` panels.
+template <class Body>
+static INLINE void each_panel(Team &team, int phase, const Sorted &s, int64_t per, Body &&body) {
+    const int64_t items = s.touched * per;
+    const int64_t chunk = team.size == 1 ? items : max_of(1, min_of(per, items / (team.size * 6)));
     team.loop(phase, items, chunk, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) {
-            const int64_t e = i / panels, p = i % panels;
-            const T *panel = w + (s.expert[e] * panels + p) * size;
-            const T *next = panel + size;
-            if (p + 1 == panels)
-                next = e + 1 < s.touched ? w + s.expert[e + 1] * panels * size : nullptr;
-            const int64_t slot = s.first[e];
-            gemm_panel<T>(Tiling(s.first[e + 1] - slot), 0, s.first_tile[e + 1] - s.first_tile[e],
-                          a + slot * row_size<T>(K), panel, next, K,
-                          out + (p * s.slots + slot) * PANEL);
-        }
+        for (int64_t i = first; i < last; i++) body(i / per, i % per);
     });
 }
 
+// Columns [f0, f1) of the hidden layer, within one block of KC, for the slots of an expert.
 template <class T>
-static void activate_tile(const Sorted &s, int64_t tile, const float *h, const T *bias,
-                          typename Operand<T>::A *act, const MoeShape &shape) {
-    const int64_t F = shape.F, slot = s.tile_slot[tile], m = s.tile_rows[tile];
-    typename Operand<T>::A *a = act + slot * row_size<T>(F);
-    for (int64_t f = 0; f < F; f += KC) {
-        const int64_t fc = min_of(KC, F - f);
-        for (int64_t i = 0; i < m; i++, a += Operand<T>::LDA) {
+static void activate_columns(const Sorted &s, int64_t e, int64_t f0, int64_t f1, const float *h,
+                             const T *bias, typename Operand<T>::A *act, const MoeShape &shape) {
+    const int64_t F = shape.F, block = f0 / KC, LDA = Operand<T>::LDA;
+    if (bias) bias += s.expert[e] * 2 * F;
+    for (int64_t t = s.first_tile[e]; t < s.first_tile[e + 1]; t++) {
+        const int64_t slot = s.tile_slot[t], m = s.tile_rows[t];
+        typename Operand<T>::A *a = act + slot * row_size<T>(F) + block * m * LDA;
+        for (int64_t i = 0; i < m; i++, a += LDA) {
             auto at = [&](int64_t column) {
                 return h + (column / PANEL * s.slots + slot + i) * PANEL + column % PANEL;
             };
-            for (int64_t j = 0; j < fc; j += VL) {
-                const int64_t n = fc - j;
-                vf gate = load(at(f + j)), up;
+            for (int64_t f = f0; f < f1; f += VL) {
+                const int64_t n = f1 - f;
+                vf gate = load(at(f)), up;
                 if (F % VL == 0) {
-                    up = load(at(F + f + j));
+                    up = load(at(F + f));
                 } else {
-                    for (int64_t l = 0; l < VL; l++) up[l] = l < n ? *at(F + f + j + l) : 0.0f;
+                    for (int64_t l = 0; l < VL; l++) up[l] = l < n ? *at(F + f + l) : 0.0f;
                 }
-                if (bias) gate += load_n(bias + f + j, n), up += load_n(bias + F + f + j, n);
-                store_n(a + j, rounded<T>(activate(gate, shape.activation) * up), n);
+                if (bias) gate += load_n(bias + f, n), up += load_n(bias + F + f, n);
+                store_n(a + (f - block * KC), rounded<T>(activate(gate, shape.activation) * up), n);
             }
-            if (fc & 1) a[fc] = {};
+            if (f1 & 1) a[f1 - block * KC] = {};
         }
     }
+}
+
+template <class T>
+static void gate_and_up(Team &team, const Sorted &s, const typename Operand<T>::A *x, const T *w,
+                        const T *bias, float *h, typename Operand<T>::A *act,
+                        const MoeShape &shape) {
+    const int64_t F = shape.F, D = shape.D;
+    const Panels<T> panels{s, w, div_up(2 * F, PANEL), panel_size<T>(D)};
+    if (F % PANEL == 0) {
+        const int64_t half = F / PANEL;
+        each_panel(team, 0, s, half, [&](int64_t e, int64_t p) {
+            const T *gate = panels.at(e, p), *up = panels.at(e, half + p);
+            const T *next = p + 1 < half ? panels.at(e, p + 1) : panels.at(e + 1, 0);
+            expert_panel<T>(s, e, p, x, gate, up, D, h);
+            expert_panel<T>(s, e, half + p, x, up, next, D, h);
+            activate_columns<T>(s, e, p * PANEL, (p + 1) * PANEL, h, bias, act, shape);
+        });
+        return;
+    }
+    each_panel(team, 0, s, panels.count, [&](int64_t e, int64_t p) {
+        expert_panel<T>(s, e, p, x, panels.at(e, p), panels.at(e, p + 1), D, h);
+    });
+    team.barrier();
+    each_panel(team, 1, s, div_up(F, KC), [&](int64_t e, int64_t block) {
+        const int64_t f = block * KC;
+        activate_columns<T>(s, e, f, min_of(F, f + KC), h, bias, act, shape);
+    });
 }
 
 template <class T>
@@ -141,14 +182,14 @@ static INLINE void combine_row(const Sorted &s, int64_t r, const float *out, con
 template <class T> struct MoeScratch {
     Sorted sorted;
     typename Operand<T>::A *x, *act;
-    float *out;  // gate and up, then down
+    float *hidden, *out;  // [panel][slot][32]: gate and up; down. The same memory.
 
     MoeScratch(Carve &carve, const int32_t *experts, int64_t R, const MoeShape &s) {
         const int64_t slots = R * s.k;
         sort_slots(sorted, carve, experts, R, s.E, s.k);
         x = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.D));
         act = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.F));
-        out = carve.take<float>(slots * div_up(max_of(2 * s.F, s.D), PANEL) * PANEL);
+        hidden = out = carve.take<float>(slots * div_up(max_of(2 * s.F, s.D), PANEL) * PANEL);
     }
 };
 
@@ -162,29 +203,21 @@ static void moe_rows(T *y, const T *x, const float *weights, const int32_t *expe
     MoeScratch<T> w(carve, experts, R, shape);
     const Sorted &s = w.sorted;
 
+    for (int64_t t = 0; t < s.tiles; t++) {
+        const int64_t slot = s.tile_slot[t];
+        pack_rows<T>(w.x + slot * row_size<T>(shape.D), s.tile_rows[t], shape.D,
+                     [&](int64_t i) { return x + s.row[slot + i] * shape.D; });
+    }
     region(threads_for(s.slots * shape.D * shape.F * 3), [&](Team &team) {
-        team.loop(0, s.tiles, 1, [&](int64_t tile, int64_t) {
-            const int64_t slot = s.tile_slot[tile];
-            pack_rows<T>(w.x + slot * row_size<T>(shape.D), s.tile_rows[tile], shape.D,
-                         [&](int64_t i) { return x + s.row[slot + i] * shape.D; });
-        });
+        gate_and_up<T>(team, s, w.x, gate_up, gate_up_bias, w.hidden, w.act, shape);
         team.barrier();
-        grouped<T>(team, 1, s, w.x, gate_up, 2 * shape.F, shape.D, w.out);
-        team.barrier();
-        team.loop(2, s.tiles, 1, [&](int64_t tile, int64_t) {
-            int64_t e = 0;
-            while (s.first_tile[e + 1] <= tile) e++;
-            const T *bias = gate_up_bias ? gate_up_bias + s.expert[e] * 2 * shape.F : nullptr;
-            activate_tile<T>(s, tile, w.out, bias, w.act, shape);
-        });
-        team.barrier();
-        grouped<T>(team, 3, s, w.act, down, shape.D, shape.F, w.out);
-        team.barrier();
-        team.loop(4, R, max_of(1, R / (team.size * 4)), [&](int64_t first, int64_t last) {
-            for (int64_t r = first; r < last; r++)
-                combine_row<T>(s, r, w.out, weights, experts, down_bias, y, shape);
+        const Panels<T> panels{s, down, div_up(shape.D, PANEL), panel_size<T>(shape.F)};
+        each_panel(team, 2, s, panels.count, [&](int64_t e, int64_t p) {
+            expert_panel<T>(s, e, p, w.act, panels.at(e, p), panels.at(e, p + 1), shape.F, w.out);
         });
     });
+    for (int64_t r = 0; r < R; r++)
+        combine_row<T>(s, r, w.out, weights, experts, down_bias, y, shape);
 }
 
 template <class T>

@@ -206,15 +206,14 @@ static void choose_rows(const ChoiceOut &out, const T *x, const T *w, const T *b
     float *fields = carve.take<float>(count * row_fields);
     float *logits = carve.take<float>(threads * count * BLOCK);
 
+    for (int64_t t = 0; t < tiles.count; t++) {
+        const Row *of = rows + tiles.first(t);
+        pack_rows<T>(a + tiles.first(t) * row_size<T>(D), tiles.size(t), D,
+                     [&](int64_t i) { return x + of[i].index * D; });
+    }
     region(threads, [&](Team &team) {
-        team.loop(0, tiles.count, 1, [&](int64_t t, int64_t) {
-            const Row *of = rows + tiles.first(t);
-            pack_rows<T>(a + tiles.first(t) * row_size<T>(D), tiles.size(t), D,
-                         [&](int64_t i) { return x + of[i].index * D; });
-        });
-        team.barrier();
         float *z = logits + team.rank() * count * BLOCK;
-        team.loop(1, blocks, 1, [&](int64_t b, int64_t) {
+        team.loop(0, blocks, 1, [&](int64_t b, int64_t) {
             for (int64_t p = b * per; p < min_of(panels, (b + 1) * per); p++)
                 gemm_panel<T>(tiles, 0, tiles.count, a, w + p * size,
                               p + 1 < panels ? w + (p + 1) * size : nullptr, D,
@@ -223,13 +222,10 @@ static void choose_rows(const ChoiceOut &out, const T *x, const T *w, const T *b
                 reduce_block<T>(z + i * PANEL, count * PANEL, bias, b * BLOCK, V, s.mask_id, rows[i],
                                 fields + i * row_fields + b, blocks);
         });
-        team.barrier();
-        team.loop(2, count, 4, [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; i++)
-                out.put(rows[i].index, merge_blocks(fields + i * row_fields, blocks, blocks,
-                                                    rows[i].temperature > 0.0f, s.mask_id));
-        });
     });
+    for (int64_t i = 0; i < count; i++)
+        out.put(rows[i].index, merge_blocks(fields + i * row_fields, blocks, blocks,
+                                            rows[i].temperature > 0.0f, s.mask_id));
 }
 
 struct Noise {

@@ -63,8 +63,8 @@ def run_demo(count: int = 24) -> None:
 
 def _print_answers(chosen: list[Example], results: list[Result]) -> None:
     for example, result in list(zip(chosen, results, strict=True))[::3]:
-        mark = "right" if result.text.strip() == example.answer else f"not {example.answer!r}"
-        typer.echo(f"  {example.prompt.strip()!r:56} {result.text.strip()!r:28} {mark}")
+        mark = "right" if _text(result) == example.answer else f"not {example.answer!r}"
+        typer.echo(f"  {example.prompt.strip()!r:56} {_text(result)!r:28} {mark}")
 
 
 def _print_gain(
@@ -79,7 +79,7 @@ def _print_gain(
         plain_decode(model, spec, ids, GEN_LENGTH, BLOCK, threshold=threshold) for ids in prompts
     ]
     plain_seconds = time.perf_counter() - start
-    right = sum(r.text.strip() == e.answer for e, r in zip(chosen, results, strict=True))
+    right = sum(_text(r) == e.answer for e, r in zip(chosen, results, strict=True))
     same = sum(list(r.all_tokens) == p.tokens for r, p in zip(results, plain, strict=True))
     tokens = sum(len(r.tokens) for r in results)
     forwards, plain_forwards = sum(r.forwards for r in results), sum(p.forwards for p in plain)
@@ -92,6 +92,10 @@ def _print_gain(
         f"  artifact, batch {BATCH} {batched:7.2f} s                   "
         f"{plain_seconds / batched:5.1f} x faster"
     )
+
+
+def _text(result: Result) -> str:
+    return (result.text or "").strip()
 
 
 def _prompt_ids(chosen: list[Example]) -> list[list[int]]:
