@@ -102,6 +102,7 @@ class Runner:
             raise ArtifactError(what, where=where, remedy="compile the model again")
         if "done" not in artifact.plan.outputs:
             raise ArtifactError("the plan has no output 'done'", where=where)
+        self._done = artifact.plan.outputs["done"]
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = True, threads: int | None = None) -> Self:
@@ -235,7 +236,7 @@ class Runner:
         if "temperature" in binding.arrays:
             binding.arrays["temperature"].fill(call.temperature)
         self.executor.launch(binding)
-        done: list[bool] = binding.outputs["done"].tolist()
+        done: list[bool] = binding.tensor(self._done).tolist()
         return done
 
     def _fill(

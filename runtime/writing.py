@@ -41,6 +41,7 @@ class ArtifactWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files: dict[str, dict[str, object]] = {}
+        self._tensors: set[str] = set()
         self._shards = 0
         self._zip: zipfile.ZipFile | None = None
         self._finished = False
@@ -84,10 +85,20 @@ class ArtifactWriter:
 
     def add_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Write tensors as they come; their names are unique over the whole artifact."""
-        for pieces in shards(tensors):
+        for pieces in shards(self._unique(tensors)):
             self._add(f"weights/{self._shards:05}.safetensors", pieces)
             self._shards += 1
             del pieces
+
+    def _unique(
+        self, tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for item in tensors:
+            if item[0] in self._tensors:
+                raise ValueError(f"tensor {item[0]!r} is written twice")
+            self._tensors.add(item[0])
+            yield item
+            del item
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, with the files' hashes and its own, and move all into place."""

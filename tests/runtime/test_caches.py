@@ -1,0 +1,68 @@
+"""What holds of every cache policy at every moment, and the names of options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcompile.errors import OptionError
+from dcompile.runtime import caches
+from dcompile.runtime.caches import Moment, cache_policy
+
+BOTH = ["none"]
+BIDIRECTIONAL = ["prefix", "dual", "vicinity", "periodic"]
+
+
+@given(
+    name=st.sampled_from([*BOTH, *BIDIRECTIONAL, "block"]),
+    begin=st.integers(0, 40),
+    n=st.sampled_from([4, 8]),
+    more=st.integers(0, 3),
+    iteration=st.integers(0, 5),
+    earlier=st.integers(0, 9),
+    look=st.integers(0, 50),
+)
+def test_the_block_runs_and_the_first_iteration_leaves_nothing_out(
+    name: str, begin: int, n: int, more: int, iteration: int, earlier: int, look: int
+) -> None:
+    span = 4 if name == "block" else None
+    begin -= begin % n if span else 0
+    previous = begin - n if earlier and begin >= n else None
+    options = {"cache": name, "look_back": look, "look_ahead": look, "refresh_every": look + 1}
+    total = begin + n * (more + 1)
+    tick = iteration + earlier
+    at = Moment(begin, begin + n, total, iteration, tick, previous, span)
+    first, last = cache_policy(options, span)(at)
+    assert 0 <= first <= begin and begin + n <= last <= total
+    if tick == 0:
+        assert (first, last) == (0, begin + n if span else total)
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_block_causal_models_take_no_approximation(name: str) -> None:
+    with pytest.raises(OptionError, match="use block"):
+        cache_policy({"cache": name}, 4)
+
+
+def test_none_is_the_default() -> None:
+    assert cache_policy({}, None) is caches.none
+    assert cache_policy({}, 4) is caches.none
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache": "vicinity", "look_back": -1},
+        {"cache": "vicinity", "look_ahead": 1.5},
+        {"cache": "vicinity", "warmup": True},
+        {"cache": "periodic", "refresh_every": 0},
+        {"cache": 3},
+        {"cache": None},
+    ],
+)
+def test_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        cache_policy(options, None)

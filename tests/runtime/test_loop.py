@@ -1,0 +1,297 @@
+"""The loop against a slow decoder that is written another way (toy.py)."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import EOS, MASK, VOCAB, Toy
+
+from dcompile.errors import ContractError, OptionError, RequestError
+from dcompile.runtime.artifact import write_artifact
+from dcompile.runtime.loop import Runner
+
+CACHES = [
+    Toy(),
+    Toy(cache="prefix"),
+    Toy(cache="dual"),
+    Toy(cache="vicinity", look_back=3, look_ahead=2, warmup=5),
+    Toy(cache="vicinity", look_back=40, look_ahead=40),
+    Toy(cache="periodic", refresh_every=2),
+    Toy(span=4),
+    Toy(span=4, cache="block"),
+    Toy(span=8, cache="block", block=4),
+    Toy(span=2, cache="block", block=4),
+]
+SHIFTED = [Toy(**{**vars(t), "shift": True}) for t in CACHES]
+
+
+def prompts_of(seed: int, lengths: list[int]) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.choice([*range(7), *range(8, VOCAB)]) for _ in range(n)] for n in lengths]
+
+
+@pytest.mark.parametrize("case", CACHES + SHIFTED, ids=str)
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_every_cache_computes_the_rows_of_its_table(
+    case: Toy, early_stop: bool, tmp_path: Path, code: bytes
+) -> None:
+    runner = toy.load(tmp_path, case, code)
+    for prompt in prompts_of(1, [0, 1, 3, 4, 5, 9, 16]):
+        (result,) = runner.generate([prompt], gen_length=12, threshold=0.7, early_stop=early_stop)
+        wanted, forwards = toy.decode(case, prompt, 12, 0.7, early_stop=early_stop)
+        assert (result.all_tokens, result.forwards) == (wanted, forwards)
+        assert result.tokens == (wanted[: wanted.index(EOS)] if EOS in wanted else wanted)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("block", "span"), [(4, 4), (4, 8), (4, 2)])
+def test_block_reuse_is_exact(
+    block: int, span: int, shift: bool, tmp_path: Path, code: bytes
+) -> None:
+    """The same tokens as with every row computed every time."""
+    case = Toy(block=block, span=span, shift=shift, cache="block")
+    runner = toy.load(tmp_path, case, code)
+    for prompt in prompts_of(2, [0, 3, 8, 13]):
+        (result,) = runner.generate([prompt], gen_length=13, early_stop=False)
+
+        def everything(toy_: Toy, b: int, total: int, *_: Any) -> list[int]:
+            return list(range(total))
+
+        assert (
+            result.all_tokens == toy.decode(case, prompt, 13, early_stop=False, rows=everything)[0]
+        )
+
+
+@pytest.mark.parametrize(
+    "case", [Toy(cache="dual"), Toy(span=4, cache="block", shift=True)], ids=str
+)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_result_does_not_depend_on_neighbours(
+    case: Toy, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, code: bytes
+) -> None:
+    batch = data.draw(st.integers(1, 4))
+    lengths = data.draw(st.lists(st.integers(0, 15), min_size=1, max_size=7))
+    temperature = data.draw(st.sampled_from([0.0, 1.0]))
+    prompts = prompts_of(sum(lengths), lengths)
+    many = toy.load(tmp_path_factory.mktemp("many"), Toy(**{**vars(case), "batch": batch}), code)
+    together = many.generate(prompts, gen_length=8, temperature=temperature, seed=5)
+    for prompt, result in zip(prompts, together, strict=True):
+        if prompts.count(prompt) > 1:
+            continue
+        seed = 5 if temperature else None
+        assert (result.all_tokens, result.forwards) == toy.decode(case, prompt, 8, seed=seed)
+
+
+def test_freed_slots_take_the_next_prompts(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(batch=2), code)
+    active = []
+    launch = runner.executor.launch
+    runner.executor.launch = lambda b, *a: (active.append(b.B), launch(b, *a))[1]  # type: ignore[method-assign]
+    results = runner.generate(prompts_of(3, [2] * 9), gen_length=8)
+    assert max(active) == 2
+    # Nobody waits while a slot is free: the second slot idles only behind the last prompt.
+    assert 1 not in active[: active.index(1)] and set(active[active.index(1) :]) == {1}
+    assert sum(active) == sum(result.forwards for result in results)
+
+
+def test_temperature_draws_a_stream_a_seed(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(batch=3), code)
+
+    def tokens(seed: int, count: int = 1) -> list[list[int]]:
+        asked = [[1, 2, 3]] * count
+        done = runner.generate(asked, gen_length=8, temperature=1.0, seed=seed, early_stop=False)
+        return [result.all_tokens for result in done]
+
+    assert tokens(1) == tokens(1) != tokens(2)
+    samples = tokens(1, 4)
+    assert samples == tokens(1, 4) and samples[0] == tokens(1)[0]
+    assert len({tuple(sample) for sample in samples}) == 4
+    assert tokens(-(1 << 63), 3) != tokens((1 << 63) - 1, 3)
+
+
+def test_early_stop_ignores_the_prompt_and_fills_the_rest(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(), code)
+    stopped = 0
+    for prompt in prompts_of(4, [6] * 25):
+        (result,) = runner.generate([[EOS, *prompt]], gen_length=16)
+        if EOS in result.all_tokens:
+            at = result.all_tokens.index(EOS)
+            stopped += at < 12
+            assert result.tokens == result.all_tokens[:at]
+            assert set(result.all_tokens[at:]) == {EOS} and len(result.all_tokens) == 16
+            assert result.tokens_per_forward == (at // 4 + 1) * 4 / result.forwards
+        else:
+            assert result.tokens == result.all_tokens
+    assert stopped > 3
+
+
+def test_each_block_is_told_once(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(span=4, cache="block", batch=2), code)
+    told: dict[int, list[list[int]]] = {}
+    prompts = prompts_of(5, [5, 2, 8])
+    results = runner.generate(
+        prompts,
+        gen_length=9,
+        early_stop=False,
+        on_block=lambda index, tokens: told.setdefault(index, []).append(tokens),
+    )
+    assert [[len(block) for block in told[i]] for i in range(3)] == [
+        [3, 4, 2],
+        [2, 4, 3],
+        [4, 4, 1],
+    ]
+    assert [[t for block in told[i] for t in block] for i in range(3)] == [
+        result.all_tokens for result in results
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"gen_length": 0}, "0 tokens cannot"),
+        ({"gen_length": -4}, "-4 tokens cannot"),
+        ({"gen_length": 6}, "use 4 or 8"),
+        ({"gen_length": 2}, "use 4,"),
+        ({"gen_length": 32}, "--max-length 35"),
+        ({"prompts": [[VOCAB]]}, "outside the vocabulary"),
+        ({"prompts": [[1], [2, -1]]}, r"prompt 1\[1\]"),
+        ({"prompts": [[MASK]]}, "mask id"),
+        ({"prompts": [[1.5]]}, "no token id"),
+        ({"prompts": ["text"]}, "no tokenizer"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"seed": 1 << 63}, "seed"),
+        ({"seed": 1.0}, "seed"),
+        ({"threshold": 0.0}, "more than 0 and at most 1"),
+        ({"threshold": 1.01}, "more than 0 and at most 1"),
+        ({"threshold": math.nan}, "a number"),
+        ({"threshold": "0.5"}, "a number"),
+        ({"steps": 4}, "it has: threshold"),
+    ],
+)
+def test_refuses(asked: dict[str, Any], words: str, tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(), code)
+    with pytest.raises(RequestError, match=words):
+        runner.generate(**{"prompts": [[1, 3, 4]], "gen_length": 4, **asked})
+    # A refused request leaves nothing behind.
+    (result,) = runner.generate([[1, 3, 4]], gen_length=4)
+    assert result.all_tokens == toy.decode(Toy(), [1, 3, 4], 4)[0]
+
+
+def test_whole_blocks_count_against_the_compiled_length(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(span=4, length=30), code)
+    assert len(runner.generate([[1] * 20], gen_length=8)[0].all_tokens) == 8
+    with pytest.raises(RequestError, match="need 32 positions; the artifact has 30"):
+        runner.generate([[1] * 20], gen_length=9)
+
+
+@pytest.mark.parametrize("span", [None, 4])
+@pytest.mark.parametrize("prompt", [0, 3, 20, 27, 28])
+def test_the_default_length_fits(
+    span: int | None, prompt: int, tmp_path: Path, code: bytes
+) -> None:
+    runner = toy.load(tmp_path, Toy(span=span), code)
+    length = runner.limits.default_length(prompt, 128)
+    assert len(runner.generate([[1] * prompt], gen_length=length)[0].all_tokens) == length
+    with pytest.raises(RequestError):
+        runner.generate([[1] * prompt], gen_length=length + 4)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (Toy(cache="block"), "bidirectional"),
+        (Toy(cache="dual", span=4), "use block"),
+        (Toy(cache="lru"), "unknown cache"),
+        (Toy(cache="periodic", refresh_every=0), "refresh-every"),
+        (Toy(cache="vicinity", warmup=-1), "warmup"),
+        (Toy(span=3, cache="block"), "do not fit"),
+    ],
+    ids=str,
+)
+def test_refuses_caches_that_make_no_sense(
+    case: Toy, words: str, tmp_path: Path, code: bytes
+) -> None:
+    with pytest.raises(OptionError, match=words):
+        toy.load(tmp_path, case, code)
+
+
+def test_a_block_that_never_ends_is_an_error(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(), code)
+    runner.executor.launch = lambda *_: None  # type: ignore[method-assign]
+    with pytest.raises(ContractError, match="not done after 5 iterations"):
+        runner.generate([[1]], gen_length=4)
+
+
+def test_an_interrupted_call_leaves_the_slots_free(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(batch=2), code)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.generate([[1], [3], [4]], gen_length=8, on_block=interrupt)
+    results = runner.generate([[1], [3], [4]], gen_length=8)
+    assert [r.all_tokens for r in results] == [toy.decode(Toy(), [p], 8)[0] for p in (1, 3, 4)]
+
+
+def test_threads_take_turns(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(cache="dual", batch=2), code)
+    prompts = prompts_of(6, [3, 5, 7, 9])
+    found: dict[int, list[int]] = {}
+
+    def serve(index: int) -> None:
+        for _ in range(10):
+            found[index] = runner.generate([prompts[index]], gen_length=8)[0].all_tokens
+
+    threads = [threading.Thread(target=serve, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wanted = {i: toy.decode(Toy(cache="dual"), p, 8)[0] for i, p in enumerate(prompts)}
+    assert found == wanted
+
+
+def test_policy_state_is_zero_on_entering_a_block(tmp_path: Path, code: bytes) -> None:
+    plan, manifest = toy.plan(Toy()), toy.manifest(Toy())
+    for name in ("credit", "soft"):
+        plan["state"][name] = len(plan["buffers"])
+        plan["buffers"].append(
+            {"name": name, "dtype": "f32", "shape": [1, 2], "place": {"kind": "state"}}
+        )
+    manifest["policy"]["state"] = [
+        {"name": "credit", "dtype": "f32", "shape": [1, 2]},
+        {"name": "soft", "dtype": "f32", "shape": [1, 2], "reset": "request"},
+    ]
+    files = {"kernels/any.so": code}
+    write_artifact(tmp_path / "a", manifest, plan, [("weight", torch.zeros(3))], files)
+    runner = Runner.load(tmp_path / "a")
+    credit, soft = runner.executor.state["credit"], runner.executor.state["soft"]
+    seen = []
+
+    def look(index: int, tokens: list[int]) -> None:
+        seen.append((float(credit.sum()), float(soft.sum())))
+        credit.fill_(1.0)
+        soft.fill_(1.0)
+
+    runner.generate([[1], [3]], gen_length=8, on_block=look, early_stop=False)
+    assert seen == [(0, 0), (0, 2), (0, 0), (0, 2)]
+
+
+def test_nothing_to_do(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(), code)
+    assert runner.generate([], gen_length=4) == []
+    with pytest.raises(TypeError):
+        runner.generate("text", gen_length=4)
