@@ -55,7 +55,9 @@ def _written(cache: object) -> object:
 
 def _source(start: object) -> Node | None:
     """The one linear layer that a value comes from, through operators of the same layer."""
-    pending, found, seen = [start], set(), set()
+    pending: list[object] = [start]
+    found: set[Node] = set()
+    seen: set[Node] = set()
     while pending and len(seen) < STEPS_BACK:
         node = pending.pop()
         if not isinstance(node, Node) or node.op != "call_function" or node in seen:
