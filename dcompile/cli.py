@@ -102,11 +102,17 @@ def compile_command(
     from dcompile.options import Options
 
     options = Options(**{name: value for name, value in given.items() if value is not None})
-    out = out or Path(checkpoint.resolve().stem + SUFFIX)
+    out = out or _default_out(checkpoint)
     with _progress(quiet) as progress:
         compile_checkpoint(checkpoint, options, out, progress=progress)
     if not quiet:
         typer.echo(f"wrote {out}", err=True)
+
+
+def _default_out(checkpoint: Path) -> Path:
+    path = checkpoint.resolve()
+    # The dot of `LLaDA-1.5` begins no suffix.
+    return Path((path.stem if path.suffix in (".pt", ".pt2") else path.name) + SUFFIX)
 
 
 @app.command()
