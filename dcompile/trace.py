@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,7 +124,9 @@ def trace(model: nn.Module, wanted: Traced) -> Program:
     arguments = _example(wanted)
     dynamic = _dynamic(wanted)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch's own pickling of tree specs warns about torch's own classes.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
             exported = torch.export.export(step, arguments, dynamic_shapes=dynamic, strict=False)
             exported = exported.run_decompositions({})
     except DcompileError:
