@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_checkpoint
+
 from dcompile.driver import compile_checkpoint
 from dcompile.explain import explain
 from dcompile.options import Options

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+
 from dcompile.driver import compile_checkpoint
 from dcompile.errors import DcompileError, OptionError
 from dcompile.options import Options

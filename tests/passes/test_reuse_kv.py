@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from dcompile.errors import MixesPositions, UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.program import Program, Stage, StepShape
@@ -18,9 +22,6 @@ from dcompile.passes.reuse_kv import ReuseKV
 from dcompile.pipeline import clean_up
 from dcompile.policies import find_policy
 from dcompile.trace import Traced, trace
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
 
 VOCAB, MASK, POSITIONS, BLOCK = 61, 60, 48, 4
 
