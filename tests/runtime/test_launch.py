@@ -61,6 +61,9 @@ def test_steps_do_not_read_what_a_step_left(tmp_path: Path, code: bytes) -> None
         if not poison:
             clean = tokens
     assert tokens == clean
+    # Of the large step's arena, the small one left the end as it was poisoned.
+    arena = run.bind(8, 1).arena
+    assert arena[-64:].eq(0xFF).all() and not arena[:64].eq(0xFF).any()
 
 
 def test_addresses_follow_the_arena(tmp_path: Path, code: bytes) -> None:

@@ -18,6 +18,7 @@ from toy import EOS, MASK, VOCAB, Toy
 from dcompile.errors import ContractError, OptionError, RequestError
 from dcompile.runtime.artifact import write_artifact
 from dcompile.runtime.loop import Runner
+from dcompile.runtime.state import Binding
 
 CACHES = [
     Toy(),
@@ -39,15 +40,38 @@ def prompts_of(seed: int, lengths: list[int]) -> list[list[int]]:
     return [[draw.choice([*range(7), *range(8, VOCAB)]) for _ in range(n)] for n in lengths]
 
 
+def spy(runner: Runner) -> list[tuple[int, int]]:
+    """The (R, B) of every step that follows."""
+    seen: list[tuple[int, int]] = []
+    launch = runner.executor.launch
+
+    def watched(binding: Binding) -> None:
+        seen.append((binding.R, binding.B))
+        launch(binding)
+
+    runner.executor.launch = watched
+    return seen
+
+
 @pytest.mark.parametrize("case", CACHES + SHIFTED, ids=str)
 @pytest.mark.parametrize("early_stop", [True, False])
 def test_every_cache_computes_the_rows_of_its_table(
     case: Toy, early_stop: bool, tmp_path: Path, code: bytes
 ) -> None:
     runner = toy.load(tmp_path, case, code)
+    launched = spy(runner)
     for prompt in prompts_of(1, [0, 1, 3, 4, 5, 9, 16]):
+        launched.clear()
+        wanted_rows: list[int] = []
+
+        def rows(*at: Any, seen: list[int] = wanted_rows) -> list[int]:
+            found = toy.rows_of(*at)
+            seen.append(len(found))
+            return found
+
         (result,) = runner.generate([prompt], gen_length=12, threshold=0.7, early_stop=early_stop)
-        wanted, forwards = toy.decode(case, prompt, 12, 0.7, early_stop=early_stop)
+        wanted, forwards = toy.decode(case, prompt, 12, 0.7, early_stop=early_stop, rows=rows)
+        assert [R for R, _ in launched] == wanted_rows
         assert (result.all_tokens, result.forwards) == (wanted, forwards)
         assert result.tokens == (wanted[: wanted.index(EOS)] if EOS in wanted else wanted)
 
@@ -94,10 +118,9 @@ def test_a_result_does_not_depend_on_neighbours(
 
 def test_freed_slots_take_the_next_prompts(tmp_path: Path, code: bytes) -> None:
     runner = toy.load(tmp_path, Toy(batch=2), code)
-    active = []
-    launch = runner.executor.launch
-    runner.executor.launch = lambda b, *a: (active.append(b.B), launch(b, *a))[1]  # type: ignore[method-assign]
+    launched = spy(runner)
     results = runner.generate(prompts_of(3, [2] * 9), gen_length=8)
+    active = [B for _, B in launched]
     assert max(active) == 2
     # Nobody waits while a slot is free: the second slot idles only behind the last prompt.
     assert 1 not in active[: active.index(1)] and set(active[active.index(1) :]) == {1}

@@ -56,6 +56,24 @@ def test_an_interrupted_write_leaves_the_old_one(name: str, tmp_path: Path, code
     assert open_artifact(tmp_path / name).weights("weight").tolist() == [0, 0, 0]
 
 
+def test_a_failed_exchange_puts_the_old_folder_back(
+    tmp_path: Path, code: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = toy.write(tmp_path / "out", Toy(), code)
+    rename = os.rename
+
+    def fail_once_moved(source: Path, target: Path) -> None:
+        if source.suffix == ".tmp":
+            raise PermissionError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_once_moved)
+    with pytest.raises(OutputError):
+        write(path, iter([("weight", torch.zeros(3))]), code)
+    assert os.listdir(tmp_path) == ["out"]
+    assert open_artifact(path).weights("weight").tolist() == [1, 2, 3]
+
+
 @FORMS
 def test_leaving_without_finish_leaves_nothing(name: str, tmp_path: Path) -> None:
     with ArtifactWriter(tmp_path / name) as writer:
