@@ -22,7 +22,9 @@ from dcompile.runtime.state import Binding, Memory
 from dcompile.runtime.weights import DTYPES
 
 Int64s = npt.NDArray[np.int64]
-_SMALL_MODEL = 4 << 20
+# Below this, waiting for a second thread costs more than it computes (seen: 0.9 ms alone, 19 with two
+# threads on busy cores, for a model of 7 MB).
+_SMALL_MODEL = 64 << 20
 _POISON = 0xFF
 # The process's own table, as dlopen's is: a library once loaded stays, and keeps its descriptor.
 _libraries: dict[str, ctypes.CDLL] = {}
