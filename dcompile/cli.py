@@ -200,7 +200,7 @@ def verify(
     with _progress(quiet) as progress:
         progress("comparing")
         report = verify_artifact(artifact, checkpoint)
-    typer.echo(report)
+    typer.echo(report.rstrip("\n"))
 
 
 @app.command()
