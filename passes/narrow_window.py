@@ -58,7 +58,7 @@ def _narrow(program: Program, choice: Node) -> int:
                 )
             node.replace_input_with(arg, gathered[arg])
     for node in region:
-        propagate(node)
+        propagate(program, node)
     source = choice.args[0]
     assert isinstance(source, Node)
     static = [int(d) for d in value(choice).shape[1:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 
@@ -21,17 +22,31 @@ def value(node: Node) -> torch.Tensor:
     return val
 
 
-def propagate(node: Node) -> None:
-    """Compute the node's value from its arguments' values."""
+def propagate(program: Program, node: Node) -> None:
+    """Compute the node's value from its arguments' values.
+
+    Equal calls on equal shapes have equal values, and layers are alike: each is computed once.
+    """
     args = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, node.args)
     kwargs = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, node.kwargs)
-    mode = next((v for v in _fake_modes(args)), None)
-    assert callable(node.target)
-    if mode is None:
-        node.meta["val"] = node.target(*args, **kwargs)
-        return
-    with mode:
-        node.meta["val"] = node.target(*args, **kwargs)
+    key = (node.target, _signature(args), _signature(kwargs))
+    if key not in program.known:
+        assert callable(node.target)
+        mode = next(iter(_fake_modes(args)), contextlib.nullcontext())
+        with mode:
+            program.known[key] = node.target(*args, **kwargs)
+    node.meta["val"] = program.known[key]
+
+
+def _signature(args: object) -> tuple[object, ...]:
+    leaves, spec = torch.utils._pytree.tree_flatten(args)
+    out: list[object] = [str(spec)]
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            out.append((leaf.dtype, str(tuple(leaf.shape)), str(leaf.stride())))
+        else:
+            out.append((type(leaf), str(leaf)))
+    return tuple(out)
 
 
 def _fake_modes(args: object) -> list[torch._subclasses.FakeTensorMode]:
@@ -49,7 +64,7 @@ def insert(
     """A new call before `at`; its facts are those of `like` (by default of `at`)."""
     with program.graph.inserting_before(at):
         node = program.graph.call_function(target, args)  # type: ignore[arg-type]
-    propagate(node)
+    propagate(program, node)
     source = like if like is not None else at
     if source.op != "output":
         node.meta[KEY] = facts(source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.fx import GraphModule, Node
@@ -91,6 +91,7 @@ class Program:
     symbols: dict[str, str] = field(default_factory=dict)
     stage: Stage = Stage.TRACED
     remarks: list[Remark] = field(default_factory=list)
+    known: dict[object, Any] = field(default_factory=dict)  # values of calls; see edit.propagate
 
     @property
     def graph(self) -> torch.fx.Graph:

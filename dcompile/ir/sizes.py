@@ -21,7 +21,12 @@ def is_static(dim: Dim) -> bool:
 
 def size_of(dim: Dim, symbols: dict[str, str]) -> Size:
     """A dimension as data; raises where it is not affine in the program's symbols."""
-    expr = sympy.expand(expression(dim))
+    if isinstance(dim, int):
+        return dim
+    expr = dim.node.expr
+    if expr.is_Symbol and str(expr) in symbols:
+        return {symbols[str(expr)]: 1}
+    expr = sympy.expand(expr)
     if expr.is_number:
         return int(expr)
     out: dict[str, int] = {}
