@@ -47,7 +47,7 @@ def measure(dtype: torch.dtype, threads: int) -> Machine:
         rates = []
         for kind in {dtype, torch.float32}:
             a, b = (torch.randn(1024, 1024).to(kind) for _ in range(2))
-            rates.append(2 * 1024**3 / _best(lambda a=a, b=b: a @ b, 9))  # type: ignore[misc]
+            rates.append(2 * 1024**3 / _best(lambda a=a, b=b: a @ b, 9))
         return Machine(read, max(rates))
     finally:
         torch.set_num_threads(before)
