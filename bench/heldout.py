@@ -41,7 +41,8 @@ def measure(count: int | None, block: int, threshold: float) -> list[dict[str, o
         prompts = [tokenizer.encode(e.prompt, False) for e in examples]
         start = time.perf_counter()
         reference = [
-            plain_decode(model, spec, ids, GEN_LENGTH, block, threshold=threshold) for ids in prompts
+            plain_decode(model, spec, ids, GEN_LENGTH, block, threshold=threshold)
+            for ids in prompts
         ]
         seconds = time.perf_counter() - start
         wanted = [r.tokens for r in reference]

@@ -127,7 +127,7 @@ def _gate_up(program: Program, node: Node, gate: Node, up: Node) -> Node:
         recipe = Stack(tuple(Concat(pair) for pair in zip(a.parts, b.parts, strict=True)))
     with fake_mode(program):
         like = torch.cat((value(gate), value(up)), 1)
-    return add_weight(program, f"layers_{facts(node).layer}_experts_gate_up", recipe, like)
+    return add_weight(program, f"{gate.name}_up", recipe, like)
 
 
 def _router(gate: Node) -> Router | None:

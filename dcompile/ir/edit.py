@@ -96,8 +96,10 @@ def add_input(program: Program, name: str, kind: Kind, val: torch.Tensor) -> Nod
         context = program.graph.inserting_after(holders[-1])
     with context:
         node = program.graph.placeholder(name)
-    # FX may have changed a name that is taken.
+    if node.name != name:  # FX turns names into snake case
+        node._rename(name)
     assert node.name == name, f"the input {name} exists already"
+    node.target = name
     node.meta["val"] = val
     program.inputs.insert(index, Input(name, kind))
     return node
