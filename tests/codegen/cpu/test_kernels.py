@@ -7,6 +7,7 @@ beside its output is found out.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 
 import pytest
@@ -51,6 +52,12 @@ def best() -> Library:
     return Library(build.build_library([ISAS[0]])[ISAS[0]])
 
 
+@pytest.fixture(autouse=True)
+def replayable(request: pytest.FixtureRequest) -> None:
+    """Each test draws from its own stream, so that a failure happens again."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
 class Out:
     """An output full of NaN (or -77) with canaries on both sides."""
 
@@ -84,6 +91,8 @@ def assert_close(
 ) -> None:
     """Compare norms; against the size of the terms of a sum, where so few values may cancel."""
     assert got.isfinite().all()
+    if got.numel() < 16:
+        limit *= 8  # a handful of values may all be small by cancellation
     size = (want if terms is None else terms).norm().clamp(min=1e-30)
     error = (got.double() - want).norm() / size
     assert error <= limit, f"{error:.2e} > {limit:.0e}"
