@@ -13,7 +13,6 @@ from dcompile.codegen.launches import Launch
 from dcompile.codegen.select import select, strided
 from dcompile.errors import UnsupportedModel
 from dcompile.ir import ops
-from dcompile.ir.meta import facts
 from dcompile.ir.program import Program
 from dcompile.ir.show import show_node, target_name
 
@@ -157,7 +156,3 @@ def _body(source: str) -> str:
     """Source without the function's name and comments: equal bodies are one function."""
     lines = [line for line in source.splitlines()[1:] if not line.strip().startswith("//")]
     return "\n".join(lines)
-
-
-def origin(launch: Launch) -> str:
-    return facts(launch.node).origin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -108,8 +109,6 @@ class Scratch:
 
     @staticmethod
     def of(program: Program, node: Node, index: int) -> Node:
-        import operator
-
         with program.graph.inserting_after(node):
             unread = program.graph.call_function(operator.getitem, (node, index))
         unread.meta = {**node.meta, "val": node.meta["val"][index]}

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from dcompile.ir.edit import bypass, insert, replace, value
 from dcompile.ir.program import Exactness, Program
-from dcompile.ir.sizes import Dim, is_static
+from dcompile.ir.sizes import Dim, expression, is_static
 
 aten = torch.ops.aten
 
@@ -168,8 +168,6 @@ def same_shape(a: torch.Size, b: torch.Size) -> bool:
 def same_size(a: Dim, b: Dim) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    from dcompile.ir.sizes import expression
-
     return bool(expression(a) == expression(b))
 
 
