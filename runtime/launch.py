@@ -19,6 +19,7 @@ from dcompile.errors import ArtifactError, ContractError
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.plan import Launch, Size
 from dcompile.runtime.state import Binding, Memory
+from dcompile.runtime.turns import Bools, Turns, repeat
 from dcompile.runtime.weights import DTYPES
 
 Int64s = npt.NDArray[np.int64]
@@ -64,12 +65,18 @@ class Executor:
     """One artifact ready to run; `step` is one iteration, and changes the state in place.
 
     `poison=True` fills the scratch with NaN before each step, so that nothing read was left there.
+    `check_every` is how many iterations run before anyone looks whether a block is done.
     """
 
     def __init__(
-        self, artifact: Artifact, threads: int | None = None, poison: bool = False
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        poison: bool = False,
+        check_every: int = 1,
     ) -> None:
         self.plan = artifact.plan
+        self.check_every = check_every
         self.memory = Memory(artifact)
         self.threads = threads or _default_threads(artifact)
         self._poison = poison
@@ -139,6 +146,26 @@ class Executor:
             else:
                 address = seconds[start:end].ctypes.data
                 self._run_timed(call.launches.ctypes.data, end - start, address)
+
+    def repeat(self, binding: Binding, turns: int) -> Turns:
+        """Iterate over bound and filled buffers until a sequence is done, `turns` times at most."""
+        done = binding.tensor(self.plan.outputs["done"])
+
+        def step() -> Bools:
+            self.launch(binding)
+            return done.numpy().astype(np.bool_)
+
+        return repeat(step, binding.arrays, turns, self.check_every)
+
+    def push(self, slot: int) -> None:
+        """The host wrote a slot's canvas: here it wrote the only one."""
+
+    def pull(self, slot: int) -> None:
+        """The host is about to read a slot's canvas."""
+
+    def clear(self, name: str, slot: int) -> None:
+        """Zero what a state holds for a slot."""
+        self.memory.state[name][slot].zero_()
 
     def _run_torch(self, calls: list[TorchCall], seconds: npt.NDArray[np.float64] | None) -> None:
         with torch.inference_mode(), _torch_threads(self.threads):

@@ -21,6 +21,7 @@ from dcompile.runtime.launch import Executor
 from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
 from dcompile.runtime.state import Binding
 from dcompile.runtime.tokens import Tokenizer
+from dcompile.runtime.turns import Turns
 
 Ints = npt.NDArray[np.int64]
 OnBlock = Callable[[int, list[int]], None]
@@ -102,7 +103,6 @@ class Runner:
             raise ArtifactError(what, where=where, remedy="compile the model again")
         if "done" not in artifact.plan.outputs:
             raise ArtifactError("the plan has no output 'done'", where=where)
-        self._done = artifact.plan.outputs["done"]
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = True, threads: int | None = None) -> Self:
@@ -166,10 +166,11 @@ class Runner:
         while waiting or active:
             while waiting and free:
                 active.append(self._admit(call, waiting.popleft(), free.pop()))
-            done = self._step(call, active)
+            turns = self._step(call, active)
             staying = []
-            for sequence, complete in zip(active, done, strict=True):
-                if self._advance(call, sequence, complete):
+            ends = zip(active, turns.performed, turns.done, strict=True)
+            for sequence, performed, complete in ends:
+                if self._advance(call, sequence, performed, complete):
                     results[sequence.index] = self._result(sequence)
                     free.append(sequence.slot)
                 else:
@@ -185,8 +186,9 @@ class Runner:
         canvas[len(prompt) :] = self.limits.mask_id
         positions = self._positions[:total]
         span = self.limits.span or total
-        for state, _ in self._scrubbed:
-            state[slot].zero_()
+        for name, _ in self._scrubbed:
+            self.executor.clear(name, slot)
+        self.executor.push(slot)
         sequence = _Sequence(
             index=index,
             prompt=len(prompt),
@@ -205,17 +207,18 @@ class Runner:
         block = sequence.canvas[sequence.block : sequence.block + self.limits.block_length]
         sequence.entered = int((block == self.limits.mask_id).sum())
         sequence.iteration = 0
-        for state, each_block in self._scrubbed:
+        for name, each_block in self._scrubbed:
             if each_block:
-                state[sequence.slot].zero_()
+                self.executor.clear(name, sequence.slot)
 
-    def _rows(self, sequence: _Sequence) -> tuple[int, int]:
+    def _rows(self, sequence: _Sequence, ahead: int = 0) -> tuple[int, int]:
+        """The rows that the sequence runs now, or so many iterations ahead in its block."""
         moment = Moment(
             begin=sequence.block,
             end=sequence.block + self.limits.block_length,
             total=sequence.total,
-            iteration=sequence.iteration,
-            tick=sequence.tick,
+            iteration=sequence.iteration + ahead,
+            tick=sequence.tick + ahead,
             previous=sequence.previous,
             span=self.limits.span,
         )
@@ -223,7 +226,20 @@ class Runner:
         # A shifted model chooses a block's first token by the row before it.
         return min(first, max(sequence.block - self.limits.shift, 0)), last
 
-    def _step(self, call: _Call, active: Sequence[_Sequence]) -> list[bool]:
+    def _turns(
+        self, call: _Call, active: Sequence[_Sequence], rows: Sequence[tuple[int, int]]
+    ) -> int:
+        """How many iterations may run over the same rows before the cache policy wants others."""
+        most = min(self._bound(call, sequence) - sequence.iteration for sequence in active)
+        turns = 1
+        while turns < most and all(
+            self._rows(sequence, turns) == now for sequence, now in zip(active, rows, strict=True)
+        ):
+            turns += 1
+        return turns
+
+    def _step(self, call: _Call, active: Sequence[_Sequence]) -> Turns:
+        """Run iterations until the host has something to decide."""
         rows = [self._rows(sequence) for sequence in active]
         binding = self.executor.bind(sum(last - first for first, last in rows), len(active))
         at = 0
@@ -235,9 +251,7 @@ class Runner:
                 binding.arrays[name].fill(value)
         if "temperature" in binding.arrays:
             binding.arrays["temperature"].fill(call.temperature)
-        self.executor.launch(binding)
-        done: list[bool] = binding.tensor(self._done).tolist()
-        return done
+        return self.executor.repeat(binding, self._turns(call, active, rows))
 
     def _fill(
         self, binding: Binding, place: int, at: int, sequence: _Sequence, first: int, last: int
@@ -265,17 +279,22 @@ class Runner:
                 where = slice(at, at + last - first) if name in _ROWS else place
                 arrays[name][where] = value
 
-    def _advance(self, call: _Call, sequence: _Sequence, complete: bool) -> bool:
-        """Count an iteration, go on to the next block where one is complete; True at the end."""
-        sequence.tick += 1
-        sequence.iteration += 1
+    def _bound(self, call: _Call, sequence: _Sequence) -> int:
+        """The iterations that a block may take: each commits a token."""
+        return sequence.entered + int(call.parameters.get("post_steps", 0)) + 1
+
+    def _advance(self, call: _Call, sequence: _Sequence, performed: int, complete: bool) -> bool:
+        """Count iterations, go on to the next block where one is complete; True at the end."""
+        sequence.tick += performed
+        sequence.iteration += performed
         if not complete:
-            bound = sequence.entered + int(call.parameters.get("post_steps", 0)) + 1
+            bound = self._bound(call, sequence)
             if sequence.iteration >= bound:
                 what = f"a block of {sequence.entered} masks is not done after {bound} iterations"
                 where = f"prompt {sequence.index}, position {sequence.block}"
                 raise ContractError(what, where=where, remedy="report this as a bug of dcompile")
             return False
+        self.executor.pull(sequence.slot)
         begin = max(sequence.block, sequence.prompt)
         end = min(sequence.block + self.limits.block_length, sequence.end)
         sequence.decoded += end - begin
@@ -296,6 +315,7 @@ class Runner:
             return False
         at += sequence.prompt
         sequence.canvas[at : sequence.end] = sequence.canvas[at]
+        self.executor.push(sequence.slot)
         return True
 
     def _first_eos(self, tokens: Sequence[int]) -> int | None:
@@ -326,14 +346,14 @@ def _canvas(executor: Executor, limits: Limits, where: str) -> Ints:
     return np.asarray(canvas)
 
 
-def _policy_state(artifact: Artifact, executor: Executor) -> list[tuple[torch.Tensor, bool]]:
+def _policy_state(artifact: Artifact, executor: Executor) -> list[tuple[str, bool]]:
     """State that a request must not inherit, each with whether a block must not either."""
     resets = {
         item["name"]: item.get("reset", "block")
         for item in artifact.manifest["policy"].get("state", ())
     }
     return [
-        (state, resets.get(name) == "block")
-        for name, state in executor.state.items()
+        (name, resets.get(name) == "block")
+        for name in executor.state
         if name != "canvas" and not name.startswith(("keys.", "values."))
     ]
