@@ -96,6 +96,7 @@ def _launch(program: Program, launch: Launch, buffers: Buffers) -> dict[str, Any
         "layer": found.layer,
         "role": role,
         "origin": found.origin,
+        "nodes": [n.name for n in launch.covers],
     }
     if launch.kind == "aten":
         node = launch.node

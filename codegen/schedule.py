@@ -107,6 +107,7 @@ class _Scheduler:
             return
         name = self._name(group)
         source, launch = emit_group(self.program, group, name, needed)
+        launch.covers = group.nodes
         known = next((k for k, s in self.out.sources.items() if _body(s) == _body(source)), None)
         if known is None:
             self.out.sources[name] = source

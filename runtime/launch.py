@@ -133,19 +133,32 @@ class Executor:
             ]
         return binding
 
-    def launch(self, binding: Binding, seconds: npt.NDArray[np.float64] | None = None) -> None:
-        """Run the plan over bound buffers; `seconds` takes the time of each launch."""
-        if self._poison:
+    def launch(
+        self,
+        binding: Binding,
+        seconds: npt.NDArray[np.float64] | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> None:
+        """Run the plan over bound buffers; `seconds` takes the time of each launch.
+
+        `part` names the launches to run, for one who looks at values between them.
+        """
+        first, last = part or (0, len(self.plan.launches))
+        if self._poison and first == 0:
             binding.arena.fill_(_POISON)
         self._set_threads(self.threads)
-        for (_, start, end), call in zip(self.plan.regions, binding.calls, strict=True):
+        for (_, begin, stop), call in zip(self.plan.regions, binding.calls, strict=True):
+            start, end = max(begin, first), min(stop, last)
+            if start >= end:
+                continue
             if not isinstance(call, NativeCall):
-                self._run_torch(call, None if seconds is None else seconds[start:end])
+                calls = call[start - begin : end - begin]
+                self._run_torch(calls, None if seconds is None else seconds[start:end])
             elif seconds is None:
-                self._run(call.launches.ctypes.data, end - start)
+                self._run(call.launches[start - begin :].ctypes.data, end - start)
             else:
                 address = seconds[start:end].ctypes.data
-                self._run_timed(call.launches.ctypes.data, end - start, address)
+                self._run_timed(call.launches[start - begin :].ctypes.data, end - start, address)
 
     def repeat(self, binding: Binding, turns: int) -> Turns:
         """Iterate over bound and filled buffers until a sequence is done, `turns` times at most."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from dcompile.runtime.launch import Executor
 from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
 from dcompile.runtime.state import Binding
 from dcompile.runtime.tokens import Tokenizer
-from dcompile.runtime.turns import Turns
+from dcompile.runtime.turns import Bools, Turns, repeat
 
 Ints = npt.NDArray[np.int64]
 OnBlock = Callable[[int, list[int]], None]
@@ -84,8 +84,15 @@ class _Call:
     on_block: OnBlock | None
 
 
+class Watch(Protocol):
+    """Launches a generation's steps in the runner's place, to see what happens in them."""
+
+    def launch(self, binding: Binding, prompts: Mapping[int, int]) -> None:
+        """Run one step; `prompts` says which prompt each active slot serves."""
+
+
 class Runner:
-    """A loaded artifact: prompts in, tokens out."""
+    """A loaded artifact: prompts in, tokens out; `watch` sees each step of it."""
 
     def __init__(self, artifact: Artifact, executor: Executor) -> None:
         self.artifact, self.executor = artifact, executor
@@ -93,6 +100,7 @@ class Runner:
         self.limits = Limits.read(artifact.manifest, artifact.plan.sizes, where)
         self.cache: CachePolicy = cache_policy(artifact.manifest["options"], self.limits.span)
         self.tokenizer = Tokenizer(artifact)
+        self.watch: Watch | None = None
         self._lock = Lock()
         self._positions = np.arange(self.limits.max_length + 1, dtype=np.int64)
         self._canvas: Ints = _canvas(executor, self.limits, where)
@@ -251,7 +259,22 @@ class Runner:
                 binding.arrays[name].fill(value)
         if "temperature" in binding.arrays:
             binding.arrays["temperature"].fill(call.temperature)
-        return self.executor.repeat(binding, self._turns(call, active, rows))
+        turns = self._turns(call, active, rows)
+        if self.watch is None:
+            return self.executor.repeat(binding, turns)
+        return self._watched(self.watch, binding, turns, active)
+
+    def _watched(
+        self, watch: Watch, binding: Binding, turns: int, active: Sequence[_Sequence]
+    ) -> Turns:
+        served = {each.slot: each.index for each in active}
+        done = binding.tensor(self.executor.plan.outputs["done"])
+
+        def step() -> Bools:
+            watch.launch(binding, served)
+            return np.array(done, dtype=np.bool_)
+
+        return repeat(step, binding.arrays, turns)
 
     def _fill(
         self, binding: Binding, place: int, at: int, sequence: _Sequence, first: int, last: int

@@ -1,0 +1,1 @@
+"""Profiles of a generation, down to each launch."""
