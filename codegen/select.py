@@ -214,18 +214,20 @@ def _moe_ffn(program: Program, node: Node) -> Launch | None:
 
 
 def _vocab_choice(program: Program, node: Node) -> Launch | None:
-    x, weight, bias, live, temperature, seed, tick, pos, mask_id = node.args
+    x, weight, bias, live, temperature, seed, tick, pos, *asked, mask_id = node.args
     end = _suffix(x, weight, bias)
     if end is None or not is_weight(program, weight):
         return None
     assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(temperature, Node)
     assert isinstance(mask_id, int)
-    found = all_outputs(program, node, 4)
+    found = all_outputs(program, node, 7 if asked else 4)
     args: list[Argument] = [*(Value(f) for f in found), Value(x), Value(weight, layout="packed")]
-    args += [optional(a) for a in (bias, live, temperature, seed, tick, pos)]
+    args += [optional(a) for a in (bias, live, temperature, seed, tick, pos, *asked)]
     args += [rows_of(program, x), rows_of(program, temperature, 0)]
     args += [Int(int(value(weight).shape[0])), last(x), Int(mask_id)]
-    return _native(f"vocab_choice_{end}", node, args, list(found))
+    args += [last(a) for a in asked]  # type: ignore[arg-type]
+    kernel = "vocab_choice_asked" if asked else "vocab_choice"
+    return _native(f"{kernel}_{end}", node, args, list(found))
 
 
 def _gather(program: Program, node: Node) -> Launch | None:
@@ -265,4 +267,5 @@ TABLE: dict[object, Selector] = {
     ops.ROUTE: _route,
     ops.MOE_FFN: _moe_ffn,
     ops.VOCAB_CHOICE: _vocab_choice,
+    ops.VOCAB_CHOICE_ASKED: _vocab_choice,
 }

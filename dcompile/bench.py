@@ -91,6 +91,8 @@ def step_inputs(
         "temperature": torch.zeros(1),
         "seed": one * 0,
         "tick": one * 0,
+        "prompt_end": one * start,
+        "full": one,
         **{name: torch.full((1,), value) for name, value in parameters.items()},
     }
     return {name: known[name] for name in runner_inputs}

@@ -73,6 +73,8 @@ class Checker:
             "temperature": torch.zeros(1),
             "seed": one * 0,
             "tick": one * 0,
+            "prompt_end": one * (rows - block),
+            "full": one,
         }
         arguments = []
         for item in program.inputs:

@@ -51,6 +51,9 @@ def compile_command(
     policy: Annotated[
         str | None, typer.Option(help="Which candidates commit: a name, or file.py:name.")
     ] = None,
+    score: Annotated[
+        str | None, typer.Option(help="steps: low_confidence, random, margin or entropy.")
+    ] = None,
     cache: Annotated[
         str | None, typer.Option(help="none, prefix, dual, vicinity, periodic or block.")
     ] = None,
@@ -85,6 +88,7 @@ def compile_command(
         "batch": batch,
         "block_length": block_length,
         "policy": policy,
+        "score": score,
         "cache": cache,
         "look_back": look_back,
         "look_ahead": look_ahead,

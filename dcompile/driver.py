@@ -24,7 +24,7 @@ from dcompile.ir.show import show
 from dcompile.ir.weights import Read, Recipe, Source
 from dcompile.options import Options
 from dcompile.pipeline import Record, run
-from dcompile.policies import find_policy
+from dcompile.policies import Policy, find_policy
 from dcompile.repeat import Run, runs_of
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.writing import ArtifactWriter
@@ -238,7 +238,8 @@ def trace_origin(
         dtype=dtype,
         shift=spec.shift,
     )
-    wanted = Traced(shape, find_policy(options.policy), origin.recipes, origin.runs)
+    policy = find_policy(options.policy, options.score)
+    wanted = Traced(shape, policy, origin.recipes, origin.runs)
     if not origin.runs:
         module = origin.build()
         return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
@@ -307,13 +308,7 @@ def _manifest(
 ) -> dict[str, Any]:
     spec = origin.spec
     assert options.policy is not None
-    policy = find_policy(options.policy)
-    threshold = spec.defaults.get("threshold")
-    parameters = dict(policy.parameters)
-    if threshold is not None and "threshold" in parameters:
-        parameters["threshold"] = float(threshold)  # type: ignore[arg-type]
-    if "steps" in parameters and options.block_length is not None:
-        parameters["steps"] = float(options.block_length)
+    policy = find_policy(options.policy, options.score)
     vocab = spec.vocab_size or _vocabulary(program)
     return {
         "dcompile": version("dcompile"),
@@ -331,7 +326,11 @@ def _manifest(
             "max_positions": spec.max_positions,
         },
         "options": options.record(),
-        "policy": {"name": policy.name, "parameters": parameters, "state": []},
+        "policy": {
+            "name": policy.name,
+            "parameters": _parameters(policy, options, spec),
+            "state": [{"name": n, "reset": s.reset} for n, s in policy.state.items()],
+        },
         "kernels": {
             "isas": {
                 isa: {
@@ -342,6 +341,19 @@ def _manifest(
             }
         },
     }
+
+
+def _parameters(policy: Policy, options: Options, spec: ModelSpec) -> dict[str, float]:
+    """The policy's defaults; the family's threshold is for the policy that the family names."""
+    parameters = dict(policy.parameters)
+    threshold = spec.defaults.get("threshold")
+    # The reports of block-diffusion models tune theirs for `dynamic` as well.
+    tuned = {spec.defaults.get("policy"), *(["dynamic"] if spec.block_length is not None else [])}
+    if threshold is not None and policy.name in tuned:
+        parameters["threshold"] = float(threshold)  # type: ignore[arg-type]
+    if "steps" in parameters and not policy.canvas and options.block_length is not None:
+        parameters["steps"] = float(options.block_length)
+    return parameters
 
 
 def _vocabulary(program: Program) -> int:

@@ -83,8 +83,8 @@ def step_cost(plan: Mapping[str, Any], R: int, B: int, live: int, keys: int) -> 
             rows, d, f, experts, k, _ = sizes
             touched = experts * (1 - (1 - k / experts) ** rows)
             out.append(Cost(size * (touched * 3 * d * f + 2 * rows * d), 6 * rows * k * d * f))
-        elif family == "vocab_choice":
-            _, _, v, d, _ = sizes
+        elif family in ("vocab_choice", "vocab_choice_asked"):
+            _, _, v, d, *_ = sizes
             out.append(Cost(size * (v * d + live * d), 2 * live * v * d))
         elif family == "attend":
             rows, heads, groups, d, _ = sizes

@@ -20,6 +20,7 @@ class Options:
     batch: int = 1  # sequences in flight
     block_length: int | None = None  # positions decoded together
     policy: str | None = None  # which candidates commit: a name, or file.py:name
+    score: str | None = None  # steps: by what it orders positions
     cache: str | None = None  # which rows are recomputed
     look_back: int = 16  # vicinity: rows before the block
     look_ahead: int = 16  # vicinity: rows after it

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dcompile.choosing import Blocks, write_tokens
 from dcompile.frontends.base import ModelSpec
-from dcompile.ir import ops
-from dcompile.policies import Choice, find_policy
+from dcompile.policies import Policy, find_policy
 
 
 @dataclass(frozen=True)
@@ -39,37 +40,44 @@ def plain_decode(
     total = -(-total // n) * n if aligned else total
     canvas = torch.full((1, total), spec.mask_id)
     canvas[0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+    state: Mapping[str, Tensor] = fresh_state(chosen, n, "request")
     forwards = 0
     for begin in range(start, total, n):
         block = canvas[:, begin : begin + n]
         entered = (block == spec.mask_id).sum(-1)
-        turn = 0
-        while bool((candidate := block == spec.mask_id).any()):
+        state = {**state, **fresh_state(chosen, n, "block")}
+        turn, done = 0, False
+        while not done:
             logits = model(canvas)
             if spec.shift:
                 logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
-            zero = torch.zeros(1, dtype=torch.int64)
-            pos = torch.arange(begin, begin + n)[None]
-            token, confidence, margin, entropy = ops.choose(
-                logits[:, begin : begin + n],
-                candidate,
-                torch.zeros(1),
-                zero,
-                zero,
-                pos,
-                spec.mask_id,
+            blocks = Blocks(
+                current=block.clone(),
+                position=torch.arange(begin, begin + n)[None],
+                iteration=torch.full((1,), turn),
+                entered=entered,
+                temperature=torch.zeros(1),
+                seed=torch.zeros(1, dtype=torch.int64),
+                tick=torch.full((1,), forwards),
+                prompt_end=torch.full((1,), len(prompt)),
             )
-            at = torch.full((1,), turn)
-            choice = Choice(token, confidence, margin, entropy, candidate, at, entered)
-            commit = chosen.commit(choice, values) & candidate
-            if not bool(commit.any()):
-                commit = candidate & (confidence >= confidence.amax(-1, keepdim=True))
-            block[commit] = token[commit]
-            forwards += 1
-            turn += 1
+            found = logits[:, begin : begin + n]
+            written = write_tokens(chosen, spec.mask_id, found, blocks, values, state)
+            block[:] = written.updated
+            state, done = written.state, bool(written.done)
+            forwards, turn = forwards + 1, turn + 1
         made = canvas[0, len(prompt) : begin + n].tolist()
         ends = [i for i, t in enumerate(made) if t in spec.eos_ids]
         if early_stop and ends:
             canvas[0, len(prompt) + ends[0] :] = made[ends[0]]
             break
     return PlainResult(canvas[0, len(prompt) : len(prompt) + gen_length].tolist(), forwards)
+
+
+def fresh_state(policy: Policy, n: int, reset: str) -> dict[str, Tensor]:
+    """One sequence's memory of a policy, as it is when a request (or a block) begins."""
+    return {
+        name: torch.zeros(1, *item.shape(n), dtype=item.dtype)
+        for name, item in policy.state.items()
+        if item.reset == reset
+    }

@@ -16,12 +16,12 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dcompile.choosing import Blocks, write_tokens
 from dcompile.errors import DataDependentShape, DcompileError, UnsupportedModel
-from dcompile.ir import ops
 from dcompile.ir.meta import KEY, Facts
 from dcompile.ir.program import Input, Output, Program, StepShape
 from dcompile.ir.weights import Recipe
-from dcompile.policies import Choice, Policy
+from dcompile.policies import Policy
 from dcompile.repeat import Run, repeat_layers
 
 # Example sizes: different from each other and from common model sizes, so that no two get confused.
@@ -51,24 +51,24 @@ class Step(nn.Module):
         seed: Tensor,
         tick: Tensor,
         parameters: dict[str, Tensor],
+        extras: dict[str, Tensor],
+        state: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
         ids = canvas[row_seq, row_pos]
         logits = _logits(self.model(ids[None]))[0]
         place = (block_seq[:, None], block_pos)
-        current = canvas[place]
-        candidate = current == self.mask_id
-        token, confidence, margin, entropy = ops.choose(
-            logits[choice_row], candidate, temperature, seed, tick, block_pos, self.mask_id
+        clocks = (iteration, entered, temperature, seed, tick)
+        written = write_tokens(
+            self.policy,
+            self.mask_id,
+            logits[choice_row],
+            Blocks(canvas[place], block_pos, *clocks, **extras),
+            parameters,
+            {name: held[block_seq] for name, held in state.items()},
         )
-        choice = Choice(token, confidence, margin, entropy, candidate, iteration, entered)
-        wanted = self.policy.commit(choice, parameters) & candidate
-        # Progress: a row that would commit nothing commits its most confident candidate.
-        best = confidence.amax(-1)
-        first = candidate & (confidence >= best[:, None])
-        commit = torch.where(wanted.any(-1)[:, None], wanted, first)
-        updated = torch.where(commit, token, current)
-        done = (updated != self.mask_id).all(-1)
-        return canvas.index_put(place, updated), done, commit, token, confidence
+        kept = [held.index_put((block_seq,), written.state[name]) for name, held in state.items()]
+        updated = canvas.index_put(place, written.updated)
+        return updated, written.done, written.commit, written.token, written.confidence, *kept
 
 
 def _logits(out: object) -> Tensor:
@@ -112,6 +112,11 @@ class Traced:
     policy: Policy
     recipes: Mapping[str, Recipe]  # by parameter name of the *full* model
     runs: Sequence[Run] = ()  # which traced layer stands for which layers of the model
+    pipelined: bool = False  # blocks may be there that need not make progress
+
+    def extras(self) -> tuple[str, ...]:
+        """Inputs that only some steps have, i64 [B]."""
+        return ("prompt_end",) * self.policy.edits + ("full",) * self.pipelined
 
 
 def trace(model: nn.Module, wanted: Traced) -> Program:
@@ -158,13 +163,20 @@ def _example(wanted: Traced) -> tuple[object, ...]:
         whole(batch),
         whole(batch),
         {name: torch.zeros(batch) for name in wanted.policy.parameters},
+        {name: whole(batch) for name in wanted.extras()},
+        {
+            name: torch.zeros(shape.slots, *state.shape(shape.block_length), dtype=state.dtype)
+            for name, state in wanted.policy.state.items()
+        },
     )
 
 
 def _dynamic(wanted: Traced) -> tuple[object, ...]:
     rows, batch = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
     parameters = {name: batch for name in wanted.policy.parameters}
-    return (None, rows, rows, *([batch] * 8), parameters)
+    extras = {name: batch for name in wanted.extras()}
+    state = {name: None for name in wanted.policy.state}
+    return (None, rows, rows, *([batch] * 8), parameters, extras, state)
 
 
 def _explain(failure: Exception) -> DcompileError:
@@ -215,8 +227,9 @@ def _program(exported: ExportedProgram, wanted: Traced) -> Program:
             constants[node.name] = _constant(exported, target)
             inputs.append(Input(node.name, "constant"))
         elif spec.kind is InputKind.USER_INPUT:
-            _rename(node, node.name.removeprefix("parameters_"))
-            inputs.append(Input(node.name, "state" if node.name == "canvas" else "step"))
+            held = node.name == "canvas" or node.name.startswith("state_")
+            _rename(node, re.sub("^(parameters|extras|state)_", "", node.name))
+            inputs.append(Input(node.name, "state" if held else "step"))
         else:
             raise UnsupportedModel(f"the model has an input of kind {spec.kind.name.lower()}")
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -228,7 +241,8 @@ def _program(exported: ExportedProgram, wanted: Traced) -> Program:
     for node in module.graph.nodes:
         node.meta = {"val": node.meta.get("val"), KEY: _facts(node)}
     symbols = _symbols(module)
-    return Program(module, inputs, list(OUTPUTS), wanted.shape, recipes, constants, symbols)
+    outputs = [*OUTPUTS, *(Output(name, state=name) for name in wanted.policy.state)]
+    return Program(module, inputs, outputs, wanted.shape, recipes, constants, symbols)
 
 
 def _symbols(module: torch.fx.GraphModule) -> dict[str, str]:

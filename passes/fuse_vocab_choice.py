@@ -13,6 +13,7 @@ from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program, Remark
 
 aten = torch.ops.aten
+FUSED = {ops.CHOOSE: ops.VOCAB_CHOICE, ops.CHOOSE_ASKED: ops.VOCAB_CHOICE_ASKED}
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class FuseVocabChoice:
     exactness = Exactness.ROUNDING
 
     def __call__(self, program: Program) -> int:
-        return sum(_fuse(program, node) for node in list(program.calls(ops.CHOOSE)))
+        return sum(_fuse(program, node) for node in program.calls(*FUSED))
 
 
 def _fuse(program: Program, node: Node) -> int:
@@ -36,7 +37,8 @@ def _fuse(program: Program, node: Node) -> int:
     size = int(value(x).shape[-1])
     n = int(value(node.args[1]).shape[1])  # type: ignore[arg-type]
     rows = insert(program, node, aten.reshape.default, x, [-1, n, size])
-    fused = insert(program, node, ops.VOCAB_CHOICE, rows, weight, bias, *node.args[1:], like=linear)
+    target = FUSED[node.target]
+    fused = insert(program, node, target, rows, weight, bias, *node.args[1:], like=linear)
     note(fused, role="head")
     node.replace_all_uses_with(fused)
     program.graph.erase_node(node)

@@ -28,7 +28,7 @@ OnBlock = Callable[[int, list[int]], None]
 """Takes the index of a prompt and the tokens that its latest block generated."""
 _ROWS = ("row_seq", "row_pos", "row_limit")
 _BLOCKS = ("block_seq", "block_pos", "choice_row")
-_CLOCKS = ("iteration", "entered", "temperature", "seed", "tick")
+_CLOCKS = ("iteration", "entered", "temperature", "seed", "tick", "prompt_end")
 
 
 @dataclass(frozen=True)
@@ -295,6 +295,7 @@ class Runner:
             "entered": sequence.entered,
             "seed": sequence.seed,
             "tick": sequence.tick,
+            "prompt_end": sequence.prompt,
         }
         arrays = binding.arrays
         for name, value in values.items():

@@ -93,6 +93,19 @@ FOR_EACH_TYPE(MOE_FFN)
     }
 FOR_EACH_TYPE(VOCAB_CHOICE)
 
+#define VOCAB_CHOICE_ASKED(T)                                                                   \
+    DC_EXPORT void vocab_choice_asked_##T(const Arg *a) {                                       \
+        vocab_choice(ChoiceOut{ptr<int64_t>(a[0]), ptr<float>(a[1]), ptr<float>(a[2]),          \
+                               ptr<float>(a[3])},                                               \
+                     ptr<T>(a[7]), ptr<T>(a[8]), ptr<T>(a[9]), ptr<uint8_t>(a[10]),             \
+                     Noise{ptr<float>(a[11]), ptr<int64_t>(a[12]), ptr<int64_t>(a[13]),         \
+                           ptr<int64_t>(a[14])},                                                \
+                     ChoiceShape{a[16].i, a[17].i, a[18].i, a[19].i, a[20].i},                  \
+                     Asked{ptr<int64_t>(a[15]), ptr<float>(a[5]), ptr<float>(a[6]),             \
+                           ptr<float>(a[4]), a[21].i});                                         \
+    }
+FOR_EACH_TYPE(VOCAB_CHOICE_ASKED)
+
 DC_EXPORT void dc_set_threads(int64_t threads) { max_threads = threads; }
 
 DC_EXPORT void dc_run(const Launch *launches, int64_t count) {

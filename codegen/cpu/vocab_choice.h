@@ -5,6 +5,8 @@
 //                 the lowest id
 //     confidence  p[token];  margin  difference of the two largest p without mask_id
 //     entropy     -sum p ln p
+// vocab_choice_asked also tells, of tokens asked[C, S] named for each row, p and the score by which
+// the choice is made: z, or z / t + noise; a block leaves their logits where p will stand.
 // The vocabulary goes by blocks of 256 tokens: a block's logits live in a buffer of the thread,
 // and only its largest values and sums are kept.  Blocks are merged in their order, so neither
 // threads nor other rows show in the bits.
@@ -59,6 +61,13 @@ struct Row {
     uint32_t key;
 };
 
+// The tokens that a row asks about, and what it is told.
+struct Asked {
+    const int64_t *token;
+    float *probability, *score, *choice;  // [C, S], [C, S], [C]
+    int64_t S;
+};
+
 static const float NONE = 2147483648.0f;  // no token, above every other
 
 // The largest value, its lowest token, and a third value that goes with them.
@@ -85,7 +94,8 @@ struct Peak {
 // z: the block's logits of one row, [panel][rows][32].
 template <class T>
 static void reduce_block(float *z, int64_t stride, const T *bias, int64_t token0, int64_t V,
-                         int64_t mask_id, const Row &row, float *field, int64_t field_stride) {
+                         int64_t mask_id, const Row &row, float *field, int64_t field_stride,
+                         const Asked &asked) {
     const float low = -__builtin_inff();
     const int64_t count = min_of(BLOCK, V - token0);
     vf top = splat(low), second = top;
@@ -107,6 +117,10 @@ static void reduce_block(float *z, int64_t stride, const T *bias, int64_t token0
         best.see(choice, token, choice);
         if (row.temperature > 0.0f)
             noisy.see(choice / row.temperature + gumbel(row.key, token), token, choice);
+    }
+    for (int64_t s = row.index * asked.S; s < (row.index + 1) * asked.S; s++) {
+        const int64_t j = asked.token[s] - token0;
+        if (0 <= j && j < count) asked.probability[s] = z[j / PANEL * stride + j % PANEL];
     }
     const float peak = hmax(top), shift = peak == low ? 0.0f : peak;
     vf sum = {}, zsum = {};
@@ -131,7 +145,11 @@ static void reduce_block(float *z, int64_t stride, const T *bias, int64_t token0
 struct Choice {
     int64_t token;
     float confidence, margin, entropy;
+    float score, shift, total;  // p of a logit z is exp(z - shift) / total
 };
+
+// Of infinite logits no probability is a number; a policy has to go on all the same.
+static float number(float p) { return p == p ? p : 0.0f; }
 
 static Choice merge_blocks(const float *field, int64_t stride, int64_t blocks, bool noisy,
                            int64_t mask_id) {
@@ -168,11 +186,26 @@ static Choice merge_blocks(const float *field, int64_t stride, int64_t blocks, b
     const float total = hsum(sum);
     Choice c;
     c.token = token;
-    c.confidence = exp1(chosen - shift) / total;
-    c.margin = (exp1(best - shift) - exp1(second - shift)) / total;
-    const float entropy = log1(total) - hsum(zsum) / total;
+    c.confidence = number(exp1(chosen - shift) / total);
+    c.margin = number((exp1(best - shift) - exp1(second - shift)) / total);
+    const float entropy = number(log1(total) - hsum(zsum) / total);
     c.entropy = entropy < 0.0f ? 0.0f : entropy;
+    c.score = value, c.shift = shift, c.total = total;
     return c;
+}
+
+static void answer(const Asked &asked, const Choice &c, const Row &row, int64_t mask_id) {
+    if (!asked.token) return;
+    asked.choice[row.index] = c.score;
+    const bool noisy = row.temperature > 0.0f;
+    for (int64_t s = row.index * asked.S; s < (row.index + 1) * asked.S; s++) {
+        const int32_t token = int32_t(asked.token[s]);
+        const float z = asked.probability[s] == asked.probability[s] ? asked.probability[s]
+                                                                    : -__builtin_inff();
+        const float with = noisy ? z / row.temperature + gumbel(row.key, splat_i(token))[0] : z;
+        asked.score[s] = token == mask_id ? -__builtin_inff() : with;
+        asked.probability[s] = number(exp1(z - c.shift) / c.total);
+    }
 }
 
 struct ChoiceShape {
@@ -190,7 +223,8 @@ struct ChoiceOut {
 
 template <class T>
 static void choose_rows(const ChoiceOut &out, const T *x, const T *w, const T *bias,
-                        const Row *rows, int64_t count, const ChoiceShape &s) {
+                        const Row *rows, int64_t count, const ChoiceShape &s,
+                        const Asked &asked) {
     typedef typename Operand<T>::A A;
     const int64_t D = s.D, V = s.V, size = panel_size<T>(D);
     const int64_t panels = div_up(V, PANEL), blocks = div_up(V, BLOCK), per = BLOCK / PANEL;
@@ -220,12 +254,15 @@ static void choose_rows(const ChoiceOut &out, const T *x, const T *w, const T *b
                               z + (p - b * per) * count * PANEL);
             for (int64_t i = 0; i < count; i++)
                 reduce_block<T>(z + i * PANEL, count * PANEL, bias, b * BLOCK, V, s.mask_id, rows[i],
-                                fields + i * row_fields + b, blocks);
+                                fields + i * row_fields + b, blocks, asked);
         });
     });
-    for (int64_t i = 0; i < count; i++)
-        out.put(rows[i].index, merge_blocks(fields + i * row_fields, blocks, blocks,
-                                            rows[i].temperature > 0.0f, s.mask_id));
+    for (int64_t i = 0; i < count; i++) {
+        const Choice c = merge_blocks(fields + i * row_fields, blocks, blocks,
+                                      rows[i].temperature > 0.0f, s.mask_id);
+        out.put(rows[i].index, c);
+        answer(asked, c, rows[i], s.mask_id);
+    }
 }
 
 struct Noise {
@@ -235,14 +272,17 @@ struct Noise {
 
 template <class T>
 static void vocab_choice(ChoiceOut out, const T *x, const T *w, const T *bias, const uint8_t *live,
-                         Noise noise, ChoiceShape s) {
+                         Noise noise, ChoiceShape s, Asked asked = {}) {
     const float low = -__builtin_inff();
     const int64_t per = s.B > 0 ? max_of(1, s.C / s.B) : 1;
     Row rows[CHOICE_ROWS];
     int64_t count = 0;
     for (int64_t c = 0; c < s.C; c++) {
         if (!live[c]) {
-            out.put(c, Choice{-1, low, low, 0.0f});
+            out.put(c, Choice{-1, low, low, 0.0f, low, 0.0f, 1.0f});
+            if (asked.token) asked.choice[c] = low;
+            for (int64_t i = c * asked.S; i < (c + 1) * asked.S; i++)
+                asked.probability[i] = 0.0f, asked.score[i] = low;
         } else {
             const int64_t b = c / per;
             const uint32_t key = noise_key(uint64_t(noise.seed[b]), uint64_t(noise.tick[b]),
@@ -250,7 +290,7 @@ static void vocab_choice(ChoiceOut out, const T *x, const T *w, const T *bias, c
             rows[count++] = {c, noise.temperature[b], key};
         }
         if (count && (count == CHOICE_ROWS || c + 1 == s.C)) {
-            choose_rows<T>(out, x, w, bias, rows, count, s);
+            choose_rows<T>(out, x, w, bias, rows, count, s, asked);
             count = 0;
         }
     }

@@ -23,12 +23,21 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def gumbel(seed: Tensor, tick: Tensor, pos: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise f32 [C, V] that depends on nothing but request, iteration, position, token."""
+def _key(seed: Tensor, tick: Tensor, pos: Tensor) -> Tensor:
     high = (seed >> 32) & MASK32
     key = _mix((seed & MASK32) ^ _mix(high))
     key = _mix(key ^ (tick & MASK32))
-    key = _mix((key + pos * 0x9E3779B9) & MASK32)
+    return _mix((key + pos * 0x9E3779B9) & MASK32)
+
+
+def uniform(seed: Tensor, tick: Tensor, pos: Tensor) -> Tensor:
+    """f32 in (0, 1) of the broadcast shape, by request, iteration and position; no token's noise."""
+    return ((_mix(_key(seed, tick, pos) ^ 0x5BD1E995) >> 9).float() + 0.5) * 2.0**-23
+
+
+def gumbel(seed: Tensor, tick: Tensor, pos: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise f32 [C, V] that depends on nothing but request, iteration, position, token."""
+    key = _key(seed, tick, pos)
     token = torch.arange(vocab_size, device=pos.device)
     u = _mix((key[:, None] + token * 0x85EBCA6B) & MASK32)
     uniform = ((u >> 8).double() + 0.5) * 2.0**-24
@@ -51,6 +60,40 @@ def choose(
     the best but for the mask id (lowest id on a tie), with temperature t > 0 the best of
     logits / t + Gumbel noise.  confidence = softmax(logits)[token].
     """
+    asked = torch.zeros(*live.shape, 0, dtype=torch.int64, device=live.device)
+    return _choose(logits, live, temperature, seed, tick, pos, asked, mask_id)[:4]
+
+
+@custom_op("dcompile::choose_asked", mutates_args=())
+def choose_asked(
+    logits: Tensor,
+    live: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    tick: Tensor,
+    pos: Tensor,
+    asked: Tensor,
+    mask_id: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`choose`, and what the model says of the tokens `asked` [B, n, S].
+
+    After the four of `choose`: the token's score [B, n], the asked tokens' probabilities and scores
+    [B, n, S], all f32.  A score is the logit, at a temperature t > 0 logit / t + Gumbel noise, for the
+    mask id -inf.
+    """
+    return _choose(logits, live, temperature, seed, tick, pos, asked, mask_id)
+
+
+def _choose(
+    logits: Tensor,
+    live: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    tick: Tensor,
+    pos: Tensor,
+    asked: Tensor,
+    mask_id: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, vocab_size = logits.shape
     z = logits.reshape(-1, vocab_size).float()
     z = torch.where(z.isnan(), NEG_INF, z)
@@ -70,18 +113,28 @@ def choose(
         noisy = without / torch.where(t > 0, t, 1.0)[:, None] + noise
         score = torch.where((t > 0)[:, None], noisy, without)
     # A row of nothing but the mask token would choose it: the first other id stands in.
-    score = torch.where(is_mask, NEG_INF, score.clamp_min(torch.finfo(torch.float32).min))
-    token = score.argmax(-1)
+    floor = torch.finfo(torch.float32).min
+    token = torch.where(is_mask, NEG_INF, score.clamp_min(floor)).argmax(-1)
     confidence = p.gather(-1, token[:, None])[:, 0]
     best = p.masked_fill(is_mask, 0.0).topk(2, -1).values
     margin = best[:, 0] - best[:, 1]
+    of = asked.reshape(len(z), -1)
     on = live.reshape(-1)
-    shape = (batch, length)
+
+    def put(x: Tensor, off: float) -> Tensor:
+        # Of infinite logits no probability is a number; a policy has to go on all the same.
+        x = torch.where(x.isnan(), 0.0, x) if x.is_floating_point() else x
+        dead = on if x.dim() == 1 else on[:, None]
+        return torch.where(dead, x, off).reshape(batch, length, *x.shape[1:])
+
     return (
-        torch.where(on, token, -1).reshape(shape),
-        torch.where(on, confidence, NEG_INF).reshape(shape),
-        torch.where(on, margin, NEG_INF).reshape(shape),
-        torch.where(on, entropy, 0.0).reshape(shape),
+        put(token, -1),
+        put(confidence, NEG_INF),
+        put(margin, NEG_INF),
+        put(entropy, 0.0),
+        put(score.gather(-1, token[:, None])[:, 0], NEG_INF),
+        put(p.gather(-1, of), 0.0),
+        put(score.gather(-1, of), NEG_INF),
     )
 
 
@@ -91,9 +144,20 @@ def _choice_like(live: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return token, number, torch.empty_like(number), torch.empty_like(number)
 
 
+def _asked_like(live: Tensor, asked: Tensor) -> tuple[Tensor, ...]:
+    number = asked.new_empty(asked.shape, dtype=torch.float32)
+    one = live.new_empty(live.shape, dtype=torch.float32)
+    return *_choice_like(live), one, number, torch.empty_like(number)
+
+
 @choose.register_fake
 def _(logits, live, temperature, seed, tick, pos, mask_id):  # type: ignore[no-untyped-def]
     return _choice_like(live)
+
+
+@choose_asked.register_fake
+def _(logits, live, temperature, seed, tick, pos, asked, mask_id):  # type: ignore[no-untyped-def]
+    return _asked_like(live, asked)
 
 
 @custom_op("dcompile::vocab_choice", mutates_args=())
@@ -116,6 +180,29 @@ def vocab_choice(
 @vocab_choice.register_fake
 def _(x, weight, bias, live, temperature, seed, tick, pos, mask_id):  # type: ignore[no-untyped-def]
     return _choice_like(live)
+
+
+@custom_op("dcompile::vocab_choice_asked", mutates_args=())
+def vocab_choice_asked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    live: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    tick: Tensor,
+    pos: Tensor,
+    asked: Tensor,
+    mask_id: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`choose_asked` of the vocabulary projection: x [B, n, D], weight [V, D], asked [B, n, S]."""
+    logits = torch.nn.functional.linear(x, weight, bias)
+    return choose_asked(logits, live, temperature, seed, tick, pos, asked, mask_id)  # type: ignore
+
+
+@vocab_choice_asked.register_fake
+def _(x, weight, bias, live, temperature, seed, tick, pos, asked, mask_id):  # type: ignore[no-untyped-def]
+    return _asked_like(live, asked)
 
 
 @custom_op("dcompile::write_rows", mutates_args=())
@@ -311,6 +398,8 @@ def _(x, weights, experts, gate_up, down, gate_up_bias, down_bias, activation): 
 # The operators as they stand in a graph.
 CHOOSE = torch.ops.dcompile.choose.default
 VOCAB_CHOICE = torch.ops.dcompile.vocab_choice.default
+CHOOSE_ASKED = torch.ops.dcompile.choose_asked.default
+VOCAB_CHOICE_ASKED = torch.ops.dcompile.vocab_choice_asked.default
 WRITE_ROWS = torch.ops.dcompile.write_rows.default
 ATTEND = torch.ops.dcompile.attend.default
 ADD_RMS_NORM = torch.ops.dcompile.add_rms_norm.default

@@ -8,9 +8,10 @@ import pkgutil
 from pathlib import Path
 
 from dcompile.errors import OptionError
-from dcompile.policies.base import Choice, Policy
+from dcompile.policies.base import Asked, Choice, Decision, Policy, State
+from dcompile.policies.steps import steps
 
-__all__ = ["Choice", "Policy", "find_policy", "policy_names"]
+__all__ = ["Asked", "Choice", "Decision", "Policy", "State", "find_policy", "policy_names"]
 
 
 def policy_names() -> tuple[str, ...]:
@@ -18,8 +19,19 @@ def policy_names() -> tuple[str, ...]:
     return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"))
 
 
-def find_policy(name: str) -> Policy:
-    """A policy by name, or a user's own as `path/to/file.py:name`; raises OptionError."""
+def find_policy(name: str, score: str | None = None) -> Policy:
+    """A policy by name, or a user's own as `path/to/file.py:name`; raises OptionError.
+
+    `score` is by what `steps` orders positions; no other policy has one to choose.
+    """
+    if score is not None:
+        if name != "steps":
+            raise OptionError(
+                f"policy {name!r} has its own score; --score {score} is for policy 'steps'",
+                where="--score",
+                remedy="--policy steps, or leave --score out",
+            )
+        return steps(score)
     path, _, attribute = name.partition(":")
     if attribute:
         return _from_file(Path(path), attribute)
@@ -46,5 +58,5 @@ def _from_file(path: Path, attribute: str) -> Policy:
         return Policy(attribute, found)
     raise OptionError(
         f"{path} has no policy named {attribute!r}",
-        remedy="define a function (choice, parameters) -> bool [B, n], or a Policy",
+        remedy="define a function (choice, parameters) -> bool [B, n] or Decision, or a Policy",
     )

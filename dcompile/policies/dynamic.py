@@ -15,7 +15,7 @@ def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Tensor:
     sure = choice.confidence > parameters["threshold"][:, None]
     share = quota(choice, parameters["steps"])
     enough = sure.sum(-1) >= share
-    best = rank(choice.confidence) < share[:, None]
+    best = rank(choice.confidence, choice.position) < share[:, None]
     return (sure & enough[:, None]) | (best & ~enough[:, None])
 
 

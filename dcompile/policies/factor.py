@@ -11,7 +11,7 @@ from dcompile.policies.base import Choice, Policy, rank
 
 def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Tensor:
     """Rank 1 is free, rank r needs c >= 1 - f / (r + 1); the longest prefix that satisfies all."""
-    place = rank(choice.confidence)  # 0 is rank 1
+    place = rank(choice.confidence, choice.position)  # 0 is rank 1
     need = 1.0 - parameters["factor"][:, None] / (place + 2).float()
     fails = (choice.confidence < need) & (place > 0)
     n = place.shape[1]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from dcompile.policies.base import Choice, Policy, rank
+from dcompile.errors import OptionError
+from dcompile.policies.base import NEVER, Choice, Policy, rank
+
+SCORES = ("low_confidence", "random", "margin", "entropy")
 
 
 def quota(choice: Choice, steps: Tensor) -> Tensor:
@@ -17,8 +21,31 @@ def quota(choice: Choice, steps: Tensor) -> Tensor:
     return (base + extra).clamp_min(1)
 
 
-def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Tensor:
-    return rank(choice.confidence) < quota(choice, parameters["steps"])[:, None]
+def score_of(choice: Choice, score: str) -> Tensor:
+    """How much a position is wanted, [B, n], -inf where it is no candidate."""
+    values = {
+        "low_confidence": choice.confidence,
+        "random": choice.chance,
+        "margin": choice.margin,
+        "entropy": -choice.entropy,
+    }
+    return torch.where(choice.candidate, values[score], NEVER)
 
 
-POLICY = Policy("steps", commit, {"steps": 32.0})
+def steps(score: str) -> Policy:
+    """The policy by one of SCORES; raises OptionError."""
+    if score not in SCORES:
+        raise OptionError(
+            f"there is no score named {score!r}",
+            where="--score",
+            remedy=f"one of {', '.join(SCORES)}",
+        )
+
+    def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Tensor:
+        place = rank(score_of(choice, score), choice.position)
+        return place < quota(choice, parameters["steps"])[:, None]
+
+    return Policy("steps", commit, {"steps": 32.0})
+
+
+POLICY = steps("low_confidence")

@@ -10,11 +10,14 @@ from torch import Tensor
 from dcompile.policies.base import Choice, Policy
 
 
+def sure(confidence: Tensor, threshold: Tensor) -> Tensor:
+    """confidence >= min(threshold, best - 1e-5): at least the best. [B, n]"""
+    best = confidence.amax(-1)
+    return confidence >= torch.minimum(threshold, best - 1e-5)[:, None]
+
+
 def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Tensor:
-    """confidence >= min(threshold, best - 1e-5): at least the best commits."""
-    best = choice.confidence.amax(-1)
-    bar = torch.minimum(parameters["threshold"], best - 1e-5)
-    return choice.confidence >= bar[:, None]
+    return sure(choice.confidence, parameters["threshold"])
 
 
 POLICY = Policy("threshold", commit, {"threshold": 0.9})

@@ -21,12 +21,12 @@ EXPORT void pointwise_index_eq(const Arg *a) {
   auto *const b4 = (bool *)a[4].p;
   const int64_t R = a[5].i, B = a[6].i;
   (void)R, (void)B;
-  // index_1: i64[B, 8] = index.Tensor(canvas, [reshape_default_12, block_pos])
+  // index_2: i64[B, 8] = index.Tensor(canvas, [reshape_default_12, block_pos])
   #pragma omp parallel for if (B * 8 > 32768)
   for (int64_t i0 = 0; i0 < B; ++i0)
     for (int64_t i1 = 0; i1 < 8; ++i1)
       { st(b3 + (i0 * 8 + i1), ld(b2 + (ld(b0 + (i0 * 1 + 0)) * 64 + ld(b1 + (i0 * 8 + i1))))); }
-  // eq_62: bool[B, 8] = eq.Scalar(index_1, 129)
+  // eq_67: bool[B, 8] = eq.Scalar(index_2, 129)
   #pragma omp parallel for if (B * 8 > 32768)
   for (int64_t i0 = 0; i0 < B; ++i0)
     for (int64_t i1 = 0; i1 < 8; ++i1)
@@ -41,50 +41,61 @@ EXPORT void commit(const Arg *a) {
   auto *const b4 = (bool *)a[4].p;
   auto *const b5 = (float *)a[5].p;
   auto *const b6 = (bool *)a[6].p;
-  auto *const b7 = (bool *)a[7].p;
+  auto *const b7 = (int64_t *)a[7].p;
   auto *const b8 = (int64_t *)a[8].p;
-  auto *const b9 = (int64_t *)a[9].p;
-  auto *const b10 = (int64_t *)a[10].p;
-  auto *const b11 = (bool *)a[11].p;
+  auto *const b9 = (bool *)a[9].p;
+  auto *const b10 = (bool *)a[10].p;
+  auto *const b11 = (int64_t *)a[11].p;
   auto *const b12 = (int64_t *)a[12].p;
   auto *const b13 = (int64_t *)a[13].p;
-  auto *const b14 = (int64_t *)a[14].p;
-  const int64_t R = a[15].i, B = a[16].i;
+  auto *const b14 = (bool *)a[14].p;
+  auto *const b15 = (int64_t *)a[15].p;
+  auto *const b16 = (int64_t *)a[16].p;
+  const int64_t R = a[17].i, B = a[18].i;
   (void)R, (void)B;
   // amax: f32[B] = amax.default(getitem_1, [-1])
   #pragma omp parallel for if (B * 8 > 32768)
   for (int64_t i0 = 0; i0 < B; ++i0)
     { using T = float; T acc = -std::numeric_limits<T>::infinity(); for (int64_t r1 = 0; r1 < 8; ++r1) { acc = most<T>(ld(b0 + (i0 * 8 + r1)), acc); } st(b1 + i0, acc); }
-  // and_1: bool[B, 8] = __and__.Tensor(ge, eq_62)
+  // and_15: bool[B, 8] = __and__.Tensor(ge, eq_67)
   #pragma omp parallel for if (B * 8 > 32768)
   for (int64_t i0 = 0; i0 < B; ++i0)
     for (int64_t i1 = 0; i1 < 8; ++i1)
       { st(b4 + (i0 * 8 + i1), (((bool)((((float)(ld(b0 + (i0 * 8 + i1)))) >= ((float)(least((float)(ld(b2 + i0)), (float)(((float)(ld(b1 + i0)) - (float)(1e-05f))))))))) & ((bool)(ld(b3 + (i0 * 8 + i1)))))); }
-  // amax_1: f32[B] = amax.default(getitem_1, [-1])
+  // amax_1: f32[B] = amax.default(where, [-1])
   #pragma omp parallel for if (B * 8 > 32768)
   for (int64_t i0 = 0; i0 < B; ++i0)
-    { using T = float; T acc = -std::numeric_limits<T>::infinity(); for (int64_t r1 = 0; r1 < 8; ++r1) { acc = most<T>(ld(b0 + (i0 * 8 + r1)), acc); } st(b5 + i0, acc); }
-  // any_1: bool[B] = any.dim(and_1, -1)
-  #pragma omp parallel for if (B * 8 > 32768)
-  for (int64_t i0 = 0; i0 < B; ++i0)
-    { using T = bool; T acc = false; for (int64_t r1 = 0; r1 < 8; ++r1) { acc |= (bool)(ld(b4 + (i0 * 8 + r1))); } st(b6 + i0, acc); }
-  // where: bool[B, 8] = where.self(reshape_default_15, and_1, and_2)
+    { using T = float; T acc = -std::numeric_limits<T>::infinity(); for (int64_t r1 = 0; r1 < 8; ++r1) { acc = most<T>((ld(b3 + (i0 * 8 + r1)) ? (float)(ld(b0 + (i0 * 8 + r1))) : (-std::numeric_limits<float>::infinity())), acc); } st(b5 + i0, acc); }
+  // and_16: bool[B, 8] = __and__.Tensor(eq_67, ge_1)
   #pragma omp parallel for if (B * 8 > 32768)
   for (int64_t i0 = 0; i0 < B; ++i0)
     for (int64_t i1 = 0; i1 < 8; ++i1)
-      { st(b7 + (i0 * 8 + i1), (ld(b6 + (i0 * 1 + 0)) ? (bool)(ld(b4 + (i0 * 8 + i1))) : (bool)((((bool)(ld(b3 + (i0 * 8 + i1)))) & ((bool)((((float)(ld(b0 + (i0 * 8 + i1)))) >= ((float)(ld(b5 + (i0 * 1 + 0))))))))))); }
-  // where_1: i64[B, 8] = where.self(where, getitem, index_1)
+      { st(b6 + (i0 * 8 + i1), (((bool)(ld(b3 + (i0 * 8 + i1)))) & ((bool)((((float)(ld(b0 + (i0 * 8 + i1)))) >= ((float)(ld(b5 + (i0 * 1 + 0))))))))); }
+  // amin: i64[B] = amin.default(where_1, [-1])
+  #pragma omp parallel for if (B * 8 > 32768)
+  for (int64_t i0 = 0; i0 < B; ++i0)
+    { using T = int64_t; T acc = std::numeric_limits<T>::max(); for (int64_t r1 = 0; r1 < 8; ++r1) { acc = least<T>((ld(b6 + (i0 * 8 + r1)) ? (int64_t)(ld(b7 + (i0 * 8 + r1))) : (int64_t)(INT64_C(4611686018427387904))), acc); } st(b8 + i0, acc); }
+  // any_1: bool[B] = any.dim(and_18, -1)
+  #pragma omp parallel for if (B * 8 > 32768)
+  for (int64_t i0 = 0; i0 < B; ++i0)
+    { using T = bool; T acc = false; for (int64_t r1 = 0; r1 < 8; ++r1) { acc |= (bool)((((bool)(ld(b4 + (i0 * 8 + r1)))) & ((bool)(ld(b3 + (i0 * 8 + r1)))))); } st(b9 + i0, acc); }
+  // or_1: bool[B, 8] = __or__.Tensor(and_15, and_19)
   #pragma omp parallel for if (B * 8 > 32768)
   for (int64_t i0 = 0; i0 < B; ++i0)
     for (int64_t i1 = 0; i1 < 8; ++i1)
-      { st(b10 + (i0 * 8 + i1), (ld(b7 + (i0 * 8 + i1)) ? (int64_t)(ld(b8 + (i0 * 8 + i1))) : (int64_t)(ld(b9 + (i0 * 8 + i1))))); }
+      { st(b10 + (i0 * 8 + i1), (((bool)(ld(b4 + (i0 * 8 + i1)))) | ((bool)((((bool)((((bool)(ld(b6 + (i0 * 8 + i1)))) & ((bool)((((int64_t)(ld(b7 + (i0 * 8 + i1)))) == ((int64_t)(ld(b8 + (i0 * 1 + 0)))))))))) & ((bool)(!(ld(b9 + i0))))))))); }
+  // where_2: i64[B, 8] = where.self(or_1, getitem, index_2)
+  #pragma omp parallel for if (B * 8 > 32768)
+  for (int64_t i0 = 0; i0 < B; ++i0)
+    for (int64_t i1 = 0; i1 < 8; ++i1)
+      { st(b13 + (i0 * 8 + i1), (ld(b10 + (i0 * 8 + i1)) ? (int64_t)(ld(b11 + (i0 * 8 + i1))) : (int64_t)(ld(b12 + (i0 * 8 + i1))))); }
   // all_1: bool[B] = all.dim(ne, -1)
   #pragma omp parallel for if (B * 8 > 32768)
   for (int64_t i0 = 0; i0 < B; ++i0)
-    { using T = bool; T acc = true; for (int64_t r1 = 0; r1 < 8; ++r1) { acc &= (bool)((((int64_t)(ld(b10 + (i0 * 8 + r1)))) != ((int64_t)(INT64_C(129))))); } st(b11 + i0, acc); }
-  // index_put: i64[2, 64] = index_put.default(canvas, [reshape_default_12, block_pos], where_1)
+    { using T = bool; T acc = true; for (int64_t r1 = 0; r1 < 8; ++r1) { acc &= (bool)((((int64_t)(ld(b13 + (i0 * 8 + r1)))) != ((int64_t)(INT64_C(129))))); } st(b14 + i0, acc); }
+  // index_put: i64[2, 64] = index_put.default(canvas, [reshape_default_12, block_pos], where_2)
   #pragma omp parallel for if (B * 8 > 32768)
   for (int64_t i0 = 0; i0 < B; ++i0)
     for (int64_t i1 = 0; i1 < 8; ++i1)
-      { st(b14 + (ld(b12 + (i0 * 1 + 0)) * 64 + ld(b13 + (i0 * 8 + i1))), ld(b10 + (i0 * 8 + i1))); }
+      { st(b16 + (ld(b15 + (i0 * 1 + 0)) * 64 + ld(b7 + (i0 * 8 + i1))), ld(b13 + (i0 * 8 + i1))); }
 }

@@ -1,0 +1,39 @@
+"""edit: `threshold` for masks, and decided tokens are overwritten by surer ones (LLaDA2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dcompile.policies.base import NEVER, Choice, Decision, Policy, State
+from dcompile.policies.threshold import sure
+
+
+def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
+    """Beside `threshold`: filled positions whose choice differs and has p > threshold_edit.
+
+    After the last mask it goes on until nothing changes, or for post_steps iterations.
+    """
+    confidence = torch.where(choice.candidate, choice.confidence, NEVER)
+    fill = sure(confidence, parameters["threshold"]) & choice.candidate
+    likely = choice.confidence > parameters["threshold_edit"][:, None]
+    edit = choice.filled & (choice.token != choice.current) & likely
+    full = choice.candidate.any(-1).logical_not()
+    count = choice.state["post"] + full.float()
+    more = (count < parameters["post_steps"]) & (edit.any(-1) | full.logical_not())
+    return Decision(fill | edit, more=more, state={"post": count})
+
+
+def _one(n: int) -> tuple[int, ...]:
+    return ()
+
+
+POLICY = Policy(
+    "edit",
+    commit,
+    {"threshold": 0.7, "threshold_edit": 0.5, "post_steps": 16.0},
+    state={"post": State(_one)},
+    edits=True,
+)

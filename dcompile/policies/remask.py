@@ -1,0 +1,38 @@
+"""remask: decided tokens that have become unlikely are masked again (dInfer)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dcompile.policies.base import NEVER, Choice, Decision, Policy, rank
+from dcompile.policies.threshold import sure
+
+
+def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
+    """Filled positions with p(x) < threshold_remask are candidates again, beside `threshold`.
+
+    At least one more commits than was reopened, the most confident first, so that the number of
+    masks falls; what is reopened and does not commit becomes a mask.
+    """
+    assert choice.asked is not None, "remask asks for the current tokens"
+    p = choice.asked.probability.amax(-1)
+    unfinished = choice.candidate.any(-1)[:, None]
+    reopen = choice.filled & (p < parameters["threshold_remask"][:, None]) & unfinished
+    open_ = choice.candidate | reopen
+    confidence = torch.where(open_, choice.confidence, NEVER)
+    least = reopen.sum(-1) + 1
+    topped_up = rank(confidence, choice.position) < least[:, None]
+    wanted = (sure(confidence, parameters["threshold"]) | topped_up) & open_
+    return Decision(wanted, reopen=reopen)
+
+
+def _asks(current: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    return current[:, :, None]
+
+
+POLICY = Policy(
+    "remask", commit, {"threshold": 0.9, "threshold_remask": 0.4}, asks=_asks, edits=True
+)
