@@ -1,4 +1,4 @@
-"""Train the demo: a small LLaDA-MoE on four procedural tasks, from nothing, on one CPU core.
+"""Train the demo: a small LLaDA-MoE on procedural tasks, from nothing, on one CPU core.
 
     python bench/train_demo.py --out DIR [--minutes 35] [--seed 0] [--tasks spell_backward,...]
 
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from dcompile.frontends import llada_moe
 from dcompile.frontends.base import Config, Definition
+from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.ir.weights import Concat, Recipe, Source, Stack
 
 log = logging.getLogger("train_demo")
@@ -90,6 +91,7 @@ class Run:
     pool: int  # entries of each task to draw from
     held_out: int
     save_at: tuple[float, ...]  # minutes at which the model so far is saved
+    begin_from: Path | None  # a model of this shape to go on from
 
 
 # --- tasks: reasoning-gym's entries in one line -------------------------------------------------
@@ -113,6 +115,7 @@ class Task:
     compact: Callable[[Mapping[str, Any]], tuple[str, str] | None]  # entry -> prompt, answer
     restore: Callable[[str], str] = lambda answer: answer  # what score_answer reads
     share: float = 1.0  # batches in a step, on average: what is hard gets more
+    dataset: str = ""  # of reasoning-gym, where it is not the task's name
 
 
 def spell_backward(entry: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -150,6 +153,18 @@ def letter_counting(entry: Mapping[str, Any]) -> tuple[str, str] | None:
     return (f"count {facts['target_letter']}: {span} =", entry["answer"]) if short else None
 
 
+def word_sorting(entry: Mapping[str, Any]) -> tuple[str, str] | None:
+    facts = entry["metadata"]
+    words = " ".join(facts["original_words"])
+    short = len(words) <= 26 and words.isascii() and words.islower()
+    wording = f"order {facts['direction']}: {words} ="
+    return (wording, " ".join(facts["sorted_words"])) if short else None
+
+
+def comma_list(answer: str) -> str:
+    return ", ".join(answer.split())
+
+
 TASKS: Mapping[str, Task] = {
     "spell_backward": Task(({"min_word_len": 3, "max_word_len": 8},), spell_backward, share=0.3),
     "chain_sum": Task(
@@ -175,6 +190,22 @@ TASKS: Mapping[str, Task] = {
         number_list,
     ),
     "word_sequence_reversal": Task(({"min_words": 2, "max_words": 4},), word_sequence_reversal),
+    "two_digit_sorting": Task(
+        (
+            {
+                "min_numbers": 3,
+                "max_numbers": 8,
+                "min_decimals": 0,
+                "max_decimals": 0,
+                "min_value": 10,
+                "max_value": 99,
+            },
+        ),
+        number_sorting,
+        number_list,
+        dataset="number_sorting",
+    ),
+    "word_sorting": Task(({"min_words": 3, "max_words": 5},), word_sorting, comma_list),
     "letter_counting": Task(({"min_words": 1, "max_words": 4},), letter_counting),
 }
 DEFAULT_TASKS = ("spell_backward", "chain_sum", "number_sorting", "word_sequence_reversal")
@@ -183,20 +214,21 @@ DEFAULT_TASKS = ("spell_backward", "chain_sum", "number_sorting", "word_sequence
 def entries(name: str, seed: int, size: int) -> Iterator[Item]:
     """Up to `size` different questions; an entry's generator is seeded with seed + its index."""
     task, seen = TASKS[name], set[str]()
+    dataset = task.dataset or name
     for options in task.variants:
-        made = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
+        made = reasoning_gym.create_dataset(dataset, seed=seed, size=size, **options)
         for index in range(size // len(task.variants)):
             wording = task.compact(made[index])
             if wording is None or wording[0] in seen:
                 continue
             seen.add(wording[0])
-            source = {"dataset": name, "options": {**options, "seed": seed}, "index": index}
+            source = {"dataset": dataset, "options": {**options, "seed": seed}, "index": index}
             yield Item(name, *wording, source)
 
 
 def reasoning_gym_score(item: Item, answer: str) -> float:
     options = dict(item.source["options"])  # type: ignore[call-overload]
-    made = reasoning_gym.create_dataset(item.task, size=1 << 30, **options)
+    made = reasoning_gym.create_dataset(str(item.source["dataset"]), size=1 << 30, **options)
     entry = made[item.source["index"]]
     return float(made.score_answer(TASKS[item.task].restore(answer), entry))
 
@@ -608,7 +640,10 @@ def main(run: Run) -> None:
     definition = llada_moe.read(Config(CONFIG, "config.json"))
     layers = range(len(definition.layer_kinds))
     model = definition.build(layers, torch.float32)
-    initialise(model)
+    if run.begin_from is None:
+        initialise(model)
+    else:
+        model.load_state_dict(open_checkpoint(run.begin_from).reference().state_dict())
     items = split(run)
     run.out.mkdir(parents=True, exist_ok=True)
     save_items(run.out / "heldout.jsonl", items.held_out)
@@ -639,6 +674,7 @@ def main(run: Run) -> None:
         log.info("held out: %s", row)
     facts = {
         "seed": run.seed,
+        "begin_from": run.begin_from and run.begin_from.as_posix(),
         "tasks": run.tasks,
         "steps": steps,
         "batch": run.batch,
@@ -659,6 +695,7 @@ def arguments() -> Run:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--pool", type=int, default=60_000)
     parser.add_argument("--held-out", type=int, default=64)
+    parser.add_argument("--begin-from", type=Path, metavar="MODEL")
     parser.add_argument("--save-at", default="", help="minutes, for example 15,25")
     given = vars(parser.parse_args())
     given["tasks"] = tuple(given["tasks"].split(","))

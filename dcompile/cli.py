@@ -55,7 +55,7 @@ def compile_command(
         str | None, typer.Option(help="steps: low_confidence, random, margin or entropy.")
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(help="none, prefix, dual, vicinity, periodic or block.")
+        str | None, typer.Option(help="none, prefix, dual, vicinity, periodic, active or block.")
     ] = None,
     look_back: Annotated[int | None, typer.Option(help="vicinity: rows before the block.")] = None,
     look_ahead: Annotated[int | None, typer.Option(help="vicinity: rows after it.")] = None,
@@ -64,6 +64,13 @@ def compile_command(
     ] = None,
     refresh_every: Annotated[
         int | None, typer.Option(metavar="K", help="periodic: iterations between refreshes.")
+    ] = None,
+    cross_block: Annotated[
+        bool | None,
+        typer.Option(
+            "--cross-block/--no-cross-block",
+            help="block: store a block in the next one's first forward, or in one of its own.",
+        ),
     ] = None,
     smoothing: Annotated[float | None, typer.Option(help="Weight of iteration smoothing.")] = None,
     mask_id: Annotated[int | None, typer.Option(help="Where the checkpoint lacks it.")] = None,
@@ -94,6 +101,7 @@ def compile_command(
         "look_ahead": look_ahead,
         "warmup": warmup,
         "refresh_every": refresh_every,
+        "cross_block": cross_block,
         "smoothing": smoothing,
         "mask_id": mask_id,
         "eos_ids": tuple(eos_id) if eos_id else None,
@@ -128,6 +136,12 @@ def run(
         Path | None,
         typer.Option(metavar="FILE.jsonl", help='Lines {"prompt": ...} or {"prompt_ids": [...]}.'),
     ] = None,
+    queue: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="As --prompts; each result as JSON at once, with its index."
+        ),
+    ] = None,
     gen_length: Annotated[int | None, typer.Option(help="Positions to generate.")] = None,
     threshold: Annotated[float | None, typer.Option()] = None,
     threshold_low: Annotated[float | None, typer.Option()] = None,
@@ -152,18 +166,22 @@ def run(
     quiet: _Quiet = False,
 ) -> None:
     """Generate from an artifact."""
-    if sum(given is not None for given in (prompt, prompt_ids, prompts)) != 1:
-        raise typer.BadParameter("give one of --prompt, --prompt-ids and --prompts")
+    if sum(given is not None for given in (prompt, prompt_ids, prompts, queue)) != 1:
+        raise typer.BadParameter("give one of --prompt, --prompt-ids, --prompts and --queue")
+    if stream and queue is not None:
+        raise typer.BadParameter("--queue prints whole results: leave --stream out")
     parameters = _parameters(set_parameter or [])
     named = {"threshold": threshold, "threshold_low": threshold_low, "steps": steps}
     parameters |= {name: float(value) for name, value in named.items() if value is not None}
-    asked = _prompts(prompt, prompt_ids, prompts)
+    asked = _prompts(prompt, prompt_ids, prompts or queue)
     from dcompile.runtime.loop import Runner
 
     request: dict[str, Any] = {"temperature": temperature, "seed": seed, "early_stop": early_stop}
     with _progress(quiet) as progress:
         progress("loading")
         runner = Runner.load(artifact, verify=verify, threads=threads)
+        if queue is not None:
+            request["on_result"] = _print_numbered
         if not stream:
             progress("generating")
             results = _generate(runner, asked, chat, gen_length, parameters, **request)
@@ -172,7 +190,7 @@ def run(
         request["on_block"] = printer = _Stream(runner, file, prompts is not None)
         results = _generate(runner, asked, chat, gen_length, parameters, **request)
         printer.end()
-    for result in results:
+    for result in () if queue is not None else results:
         if as_json:
             typer.echo(json.dumps(asdict(result), ensure_ascii=False))
         elif not stream:
@@ -376,6 +394,11 @@ class _Stream:
     def end(self) -> None:
         if not self._several:
             print(file=self._file, flush=True)
+
+
+def _print_numbered(index: int, result: Result) -> None:
+    line = json.dumps({"index": index, **asdict(result)}, ensure_ascii=False)
+    print(line, flush=True)
 
 
 def _shown(text: str | None, tokens: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from dcompile.errors import OptionError
 
-CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "block")
+CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Options:
     look_ahead: int = 16  # vicinity: rows after it
     warmup: int = 4  # vicinity: first iterations over all rows
     refresh_every: int = 8  # periodic: iterations between refreshes
+    cross_block: bool = True  # block: the next block's first forward stores the block before it
     smoothing: float | None = None  # weight of iteration smoothing; not built yet
     mask_id: int | None = None  # where the checkpoint does not say it
     eos_ids: tuple[int, ...] | None = None

@@ -11,9 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dcompile.errors import OptionError
 
-Rows = tuple[int, int]
+Ints = npt.NDArray[np.int64]
+Rows = tuple[int, int] | Ints
+"""A range of positions, or the positions themselves in ascending order (the last may repeat)."""
+_UNIT = 8
+"""`active` runs whole units of rows, so that few different numbers of rows are prepared."""
+CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,13 @@ class Moment:
     """Where the block before this one began; None in the first."""
     span: int | None
     """Length of the blocks of a block-causal mask; None where attention is bidirectional."""
+    ids: Ints
+    """The block's tokens, [n]."""
+    before: Ints
+    """Those that the iteration before this one read, [n]."""
+    mask_id: int
+    shift: int
+    """How many positions before its own a token is predicted: 0 or 1."""
 
     @property
     def floor(self) -> int:
@@ -96,19 +111,41 @@ def periodic(refresh_every: int) -> CachePolicy:
     return rows
 
 
+def active(at: Moment) -> Rows:
+    """As `dual`, then only the block's undecided positions and what the last iteration changed.
+
+    A decided position's keys and values stay as they were one iteration after it was decided.
+    Approximate. Rows are filled up to whole units by repeating the last, which writes the same bits.
+    """
+    if at.iteration == 0:
+        return 0, at.total
+    deciding = np.flatnonzero(at.ids == at.mask_id) + at.begin
+    changed = np.flatnonzero(at.ids != at.before) + at.begin
+    predicting = np.maximum(deciding - at.shift, 0)
+    rows = np.union1d(np.union1d(deciding, changed), predicting)
+    missing = -len(rows) % _UNIT
+    return np.concatenate((rows, np.full(missing, rows[-1]))) if missing else rows
+
+
+def stored_block(at: Moment) -> Rows:
+    """As `block` where the block before was stored by a forward of its own. Exact."""
+    first = at.iteration == 0 and at.previous is None
+    return 0 if first else at.floor, at.ceiling
+
+
 def cache_policy(options: Mapping[str, Any], span: int | None) -> CachePolicy:
     """The policy that options name, for a model with (`span`) or without block-causal attention."""
     name = options.get("cache", "none")
     if name == "none":
         return none
+    if name not in CACHES:
+        known = ", ".join(CACHES)
+        raise OptionError(f"unknown cache {name!r}", where="--cache", remedy=f"use one of {known}")
     if name == "block":
         if span is None:
             what = "cache 'block' needs block-causal attention; this model's is bidirectional"
             raise OptionError(what, where="--cache", remedy="use dual, or none to be exact")
-        return block
-    if name not in ("prefix", "dual", "vicinity", "periodic"):
-        known = "none, prefix, dual, vicinity, periodic, block"
-        raise OptionError(f"unknown cache {name!r}", where="--cache", remedy=f"use one of {known}")
+        return stored_block if stores_blocks(options) else block
     if span is not None:
         what = f"cache {name!r} approximates what block-causal attention can have exactly"
         raise OptionError(what, where="--cache", remedy="use block")
@@ -117,7 +154,17 @@ def cache_policy(options: Mapping[str, Any], span: int | None) -> CachePolicy:
         return vicinity(*look, _count(options, "warmup"))
     if name == "periodic":
         return periodic(_count(options, "refresh_every", least=1))
-    return prefix if name == "prefix" else dual
+    return {"prefix": prefix, "dual": dual, "active": active}[name]
+
+
+def reads_tokens(policy: CachePolicy) -> bool:
+    """Whether the rows depend on the tokens so far, so that no iteration's are known ahead."""
+    return policy is active
+
+
+def stores_blocks(options: Mapping[str, Any]) -> bool:
+    """Whether a finished block is run once more to store it, in place of the cross-block update."""
+    return options.get("cache") == "block" and options.get("cross_block") is False
 
 
 def _count(options: Mapping[str, Any], key: str, least: int = 0) -> int:

@@ -16,7 +16,14 @@ import torch
 
 from dcompile.errors import ArtifactError, ContractError
 from dcompile.runtime.artifact import Artifact, open_artifact
-from dcompile.runtime.caches import CachePolicy, Moment, cache_policy
+from dcompile.runtime.caches import (
+    CachePolicy,
+    Moment,
+    Rows,
+    cache_policy,
+    reads_tokens,
+    stores_blocks,
+)
 from dcompile.runtime.launch import Executor
 from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
 from dcompile.runtime.state import Binding
@@ -26,6 +33,8 @@ from dcompile.runtime.turns import Bools, Turns, repeat
 Ints = npt.NDArray[np.int64]
 OnBlock = Callable[[int, list[int]], None]
 """Takes the index of a prompt and the tokens that its latest block generated."""
+OnResult = Callable[[int, "Result"], None]
+"""Takes the index of a prompt and its result, at once when it is there."""
 _ROWS = ("row_seq", "row_pos", "row_limit")
 _BLOCKS = ("block_seq", "block_pos", "choice_row")
 _CLOCKS = ("iteration", "entered", "temperature", "seed", "tick", "prompt_end")
@@ -63,10 +72,14 @@ class _Sequence:
     limits: Ints
     seed: int
     block: int
+    before: Ints
+    """The block's tokens as the last iteration read them."""
     entered: int = 0
     iteration: int = 0
     tick: int = 0
     previous: int | None = None
+    storing: bool = False
+    """The next iteration decides nothing: it stores the keys and values of a finished block."""
     decoded: int = 0
     began: float = field(default_factory=perf_counter)
 
@@ -82,6 +95,7 @@ class _Call:
     early_stop: bool
     parameters: Mapping[str, float]
     on_block: OnBlock | None
+    on_result: OnResult | None
 
 
 class Watch(Protocol):
@@ -98,7 +112,9 @@ class Runner:
         self.artifact, self.executor = artifact, executor
         where = str(artifact.path)
         self.limits = Limits.read(artifact.manifest, artifact.plan.sizes, where)
-        self.cache: CachePolicy = cache_policy(artifact.manifest["options"], self.limits.span)
+        options = artifact.manifest["options"]
+        self.cache: CachePolicy = cache_policy(options, self.limits.span)
+        self._stores = stores_blocks(options)
         self.tokenizer = Tokenizer(artifact)
         self.watch: Watch | None = None
         self._lock = Lock()
@@ -128,13 +144,15 @@ class Runner:
         early_stop: bool = True,
         chat: bool = False,
         on_block: OnBlock | None = None,
+        on_result: OnResult | None = None,
         **parameters: float,
     ) -> list[Result]:
         """Decode every prompt, in as many slots as were compiled; results in the prompts' order.
 
         `parameters` are those of the compiled policy (`threshold`, `steps`, ...). A prompt's result
         depends neither on the prompts beside it nor on the slots: equal prompts are samples of
-        one stream each. An empty prompt is served: everything is generated.
+        one stream each. An empty prompt is served: everything is generated. `on_result` is told
+        each result when it is there, first done first; the next prompt takes its slot at once.
         """
         self.limits.check_length(gen_length)
         check_temperature(temperature)
@@ -150,7 +168,7 @@ class Runner:
         for prompt in ids:
             seeds.append(stream(seed, seen[tuple(prompt)]))
             seen[tuple(prompt)] += 1
-        call = _Call(ids, gen_length, temperature, seeds, early_stop, given, on_block)
+        call = _Call(ids, gen_length, temperature, seeds, early_stop, given, on_block, on_result)
         with self._lock:
             return self._serve(call)
 
@@ -175,12 +193,17 @@ class Runner:
             while waiting and free:
                 active.append(self._admit(call, waiting.popleft(), free.pop()))
             turns = self._step(call, active)
+            ends = iter(zip(turns.performed, turns.done, strict=True))
             staying = []
-            ends = zip(active, turns.performed, turns.done, strict=True)
-            for sequence, performed, complete in ends:
-                if self._advance(call, sequence, performed, complete):
-                    results[sequence.index] = self._result(sequence)
+            for sequence in active:
+                if sequence.storing:
+                    self._stored(sequence)
+                    staying.append(sequence)
+                elif self._advance(call, sequence, *next(ends)):
+                    result = results[sequence.index] = self._result(sequence)
                     free.append(sequence.slot)
+                    if call.on_result is not None:
+                        call.on_result(sequence.index, result)
                 else:
                     staying.append(sequence)
             active = staying
@@ -207,6 +230,7 @@ class Runner:
             limits=np.minimum((positions // span + 1) * span, total),
             seed=call.seeds[index],
             block=self.limits.begin(len(prompt)),
+            before=canvas[:0],
         )
         self._enter(sequence)
         return sequence
@@ -215,29 +239,43 @@ class Runner:
         block = sequence.canvas[sequence.block : sequence.block + self.limits.block_length]
         sequence.entered = int((block == self.limits.mask_id).sum())
         sequence.iteration = 0
+        sequence.before = block.copy()
         for name, each_block in self._scrubbed:
             if each_block:
                 self.executor.clear(name, sequence.slot)
 
-    def _rows(self, sequence: _Sequence, ahead: int = 0) -> tuple[int, int]:
+    def _rows(self, sequence: _Sequence, ahead: int = 0) -> Rows:
         """The rows that the sequence runs now, or so many iterations ahead in its block."""
+        begin, end = sequence.block, sequence.block + self.limits.block_length
         moment = Moment(
-            begin=sequence.block,
-            end=sequence.block + self.limits.block_length,
+            begin=begin,
+            end=end,
             total=sequence.total,
             iteration=sequence.iteration + ahead,
             tick=sequence.tick + ahead,
             previous=sequence.previous,
             span=self.limits.span,
+            ids=sequence.canvas[begin:end],
+            before=sequence.before,
+            mask_id=self.limits.mask_id,
+            shift=int(self.limits.shift),
         )
-        first, last = self.cache(moment)
+        rows = self.cache(moment)
+        if not isinstance(rows, tuple):
+            return rows
         # A shifted model chooses a block's first token by the row before it.
-        return min(first, max(sequence.block - self.limits.shift, 0)), last
+        return min(rows[0], max(begin - self.limits.shift, 0)), rows[1]
 
-    def _turns(
-        self, call: _Call, active: Sequence[_Sequence], rows: Sequence[tuple[int, int]]
-    ) -> int:
+    def _positions_now(self, sequence: _Sequence, rows: Rows) -> Ints:
+        if reads_tokens(self.cache):
+            end = sequence.block + self.limits.block_length
+            sequence.before = sequence.canvas[sequence.block : end].copy()
+        return self._positions[rows[0] : rows[1]] if isinstance(rows, tuple) else rows
+
+    def _turns(self, call: _Call, active: Sequence[_Sequence], rows: Sequence[Rows]) -> int:
         """How many iterations may run over the same rows before the cache policy wants others."""
+        if any(each.storing for each in active) or reads_tokens(self.cache):
+            return 1
         most = min(self._bound(call, sequence) - sequence.iteration for sequence in active)
         turns = 1
         while turns < most and all(
@@ -247,19 +285,27 @@ class Runner:
         return turns
 
     def _step(self, call: _Call, active: Sequence[_Sequence]) -> Turns:
-        """Run iterations until the host has something to decide."""
+        """Run iterations until the host has something to decide; results of those that decide."""
+        if reads_tokens(self.cache):
+            for sequence in active:
+                self.executor.pull(sequence.slot)
         rows = [self._rows(sequence) for sequence in active]
-        binding = self.executor.bind(sum(last - first for first, last in rows), len(active))
-        at = 0
-        for place, (sequence, (first, last)) in enumerate(zip(active, rows, strict=True)):
-            self._fill(binding, place, at, sequence, first, last)
-            at += last - first
+        turns = self._turns(call, active, rows)
+        places = [self._positions_now(*pair) for pair in zip(active, rows, strict=True)]
+        deciding = [not sequence.storing for sequence in active]
+        binding = self.executor.bind(sum(map(len, places)), sum(deciding))
+        at = place = 0
+        for sequence, positions in zip(active, places, strict=True):
+            self._fill_rows(binding, at, sequence, positions)
+            if not sequence.storing:
+                self._fill_block(binding, place, at, sequence, positions)
+                place += 1
+            at += len(positions)
         for name, value in call.parameters.items():
             if name in binding.arrays:
                 binding.arrays[name].fill(value)
         if "temperature" in binding.arrays:
             binding.arrays["temperature"].fill(call.temperature)
-        turns = self._turns(call, active, rows)
         if self.watch is None:
             return self.executor.repeat(binding, turns)
         return self._watched(self.watch, binding, turns, active)
@@ -276,32 +322,40 @@ class Runner:
 
         return repeat(step, binding.arrays, turns)
 
-    def _fill(
-        self, binding: Binding, place: int, at: int, sequence: _Sequence, first: int, last: int
+    def _fill_rows(self, binding: Binding, at: int, sequence: _Sequence, positions: Ints) -> None:
+        """Write the rows of one sequence, from row `at` on, into the inputs that the plan reads."""
+        values = {
+            "row_seq": sequence.slot,
+            "row_pos": positions,
+            "row_limit": sequence.limits[positions],
+        }
+        for name, value in values.items():
+            if name in binding.arrays:
+                binding.arrays[name][at : at + len(positions)] = value
+
+    def _fill_block(
+        self, binding: Binding, place: int, at: int, sequence: _Sequence, positions: Ints
     ) -> None:
-        """Write one sequence's rows and clocks into the inputs, those that the plan reads."""
+        """Write the block and the clocks of one sequence, whose rows begin at row `at`."""
         begin, end = sequence.block, sequence.block + self.limits.block_length
         chosen = self._positions[begin:end]
         if self.limits.shift:
             chosen = np.maximum(chosen - 1, 0)
+        # Where a decided position has no row of its own, any row will do: nothing is chosen there.
+        row = np.minimum(np.searchsorted(positions, chosen), len(positions) - 1)
         values: dict[str, Any] = {
-            "row_seq": sequence.slot,
-            "row_pos": self._positions[first:last],
-            "row_limit": sequence.limits[first:last],
             "block_seq": sequence.slot,
             "block_pos": self._positions[begin:end],
-            "choice_row": chosen + (at - first),
+            "choice_row": row + at,
             "iteration": sequence.iteration,
             "entered": sequence.entered,
             "seed": sequence.seed,
             "tick": sequence.tick,
             "prompt_end": sequence.prompt,
         }
-        arrays = binding.arrays
         for name, value in values.items():
-            if name in arrays:
-                where = slice(at, at + last - first) if name in _ROWS else place
-                arrays[name][where] = value
+            if name in binding.arrays:
+                binding.arrays[name][place] = value
 
     def _bound(self, call: _Call, sequence: _Sequence) -> int:
         """The iterations that a block may take: each commits a token."""
@@ -327,10 +381,22 @@ class Runner:
             call.on_block(sequence.index, sequence.canvas[begin:end].tolist())
         if stopped or end == sequence.end:
             return True
+        after = sequence.block + self.limits.block_length
+        # Inside a block of the attention mask, the next iterations compute it from its start anyway.
+        sequence.storing = self._stores and after % (self.limits.span or 1) == 0
+        if not sequence.storing:
+            self._go_on(sequence)
+        return False
+
+    def _stored(self, sequence: _Sequence) -> None:
+        sequence.tick += 1
+        sequence.storing = False
+        self._go_on(sequence)
+
+    def _go_on(self, sequence: _Sequence) -> None:
         sequence.previous = sequence.block
         sequence.block += self.limits.block_length
         self._enter(sequence)
-        return False
 
     def _stop(self, sequence: _Sequence, end: int) -> bool:
         """Fill everything after a first end of sequence with it, and say whether there is one."""

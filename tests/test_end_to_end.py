@@ -89,6 +89,22 @@ def test_block_is_exact_on_block_causal_models(make: Make, family: str) -> None:
         assert (result.all_tokens, result.forwards) == plain(made, prompt, threshold=0.03)
 
 
+@pytest.mark.parametrize("family", ["llada2", "sdar_moe"])
+def test_the_cross_block_update_saves_a_forward_a_block(make: Make, family: str) -> None:
+    """Blocks stored by a forward of their own give the same tokens, one forward a block later."""
+    crossed, stored = (make(family, cache="block", cross_block=on) for on in (True, False))
+    asked = {"gen_length": 2 * crossed.block, "threshold": 0.03, "early_stop": False}
+    pairs = zip(
+        PROMPTS,
+        *(dcompile.load(made.artifact).generate(PROMPTS, **asked) for made in (crossed, stored)),
+        strict=True,
+    )
+    for prompt, one, two in pairs:
+        blocks = 2 + (len(prompt) % crossed.block > 0)
+        assert one.all_tokens == two.all_tokens
+        assert two.forwards - one.forwards == blocks - 1
+
+
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_steps_is_the_schedule(make: Make, steps: int) -> None:
     made = make("llada_moe", cache="none", policy="steps")
@@ -99,7 +115,7 @@ def test_steps_is_the_schedule(make: Make, steps: int) -> None:
         assert (result.all_tokens, result.forwards) == plain(made, prompt, steps=steps)
 
 
-@pytest.mark.parametrize("cache", ["dual", "prefix", "vicinity", "periodic"])
+@pytest.mark.parametrize("cache", ["dual", "prefix", "vicinity", "periodic", "active"])
 def test_a_result_does_not_depend_on_its_neighbours(make: Make, cache: str) -> None:
     made = make("llada_moe", cache=cache)
     runner = dcompile.load(made.artifact)

@@ -94,6 +94,23 @@ def test_prompts_are_answered_in_order(
     assert [(line["all_tokens"], line["forwards"]) for line in lines] == wanted
 
 
+def test_a_queue_is_answered_first_done_first(
+    artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [[1], [3, 4, 5], [8, 9], [], [10] * 9]
+    file = tmp_path / "queue.jsonl"
+    file.write_text("".join(json.dumps({"prompt_ids": ids}) + "\n" for ids in prompts))
+    asked = ["--queue", str(file), "--gen-length", "8", "--no-early-stop"]
+    assert call("run", artifact, *asked) == 0
+    out, err = capsys.readouterr()
+    lines = {line["index"]: line for line in map(json.loads, out.splitlines())}
+    assert err == "" and sorted(lines) == list(range(5))
+    for index, ids in enumerate(prompts):
+        found = (lines[index]["all_tokens"], lines[index]["forwards"])
+        assert found == toy.decode(Toy(), ids, 8, early_stop=False)
+    assert fails(capsys, 1, "run", artifact, "--queue", "/no/such").startswith("RequestError")
+
+
 def test_text(talking: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", talking, "--prompt", "a b", "--gen-length", "8", "--quiet") == 0
     out, err = capsys.readouterr()
@@ -188,6 +205,8 @@ def test_no_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ["run"],
         ["run", "a.dcx"],
         ["run", "a.dcx", "--prompt", "a", "--prompt-ids", "1"],
+        ["run", "a.dcx", "--prompt", "a", "--queue", "b.jsonl"],
+        ["run", "a.dcx", "--queue", "b.jsonl", "--stream"],
         ["run", "a.dcx", "--prompt-ids", "1,x"],
         ["run", "a.dcx", "--prompt-ids", "1", "--gen-length", "many"],
         ["run", "a.dcx", "--prompt-ids", "1", "--set", "threshold"],
@@ -243,7 +262,7 @@ def test_every_option_arrives(compiled: list[Any]) -> None:
     flags = (
         "--target cpu --dtype bfloat16 --max-length 512 --batch 2 --block-length 32 "
         "--policy threshold --cache vicinity --look-back 3 --look-ahead 4 --warmup 5 "
-        "--refresh-every 6 --smoothing 0.3 --mask-id 7 --eos-id 8 --eos-id 9 --check "
+        "--refresh-every 6 --no-cross-block --smoothing 0.3 --mask-id 7 --eos-id 8 --eos-id 9 --check "
         "--stop-after fuse_moe --skip a --skip b --threads 3"
     )
     assert call("model", *flags.split(), "--quiet") == 0
@@ -258,6 +277,7 @@ def test_every_option_arrives(compiled: list[Any]) -> None:
         look_back=3,
         look_ahead=4,
         warmup=5,
+        cross_block=False,
         refresh_every=6,
         smoothing=0.3,
         mask_id=7,

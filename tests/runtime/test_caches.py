@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,8 @@ from dcompile.runtime import caches
 from dcompile.runtime.caches import Moment, cache_policy
 
 BOTH = ["none"]
-BIDIRECTIONAL = ["prefix", "dual", "vicinity", "periodic"]
+BIDIRECTIONAL = ["prefix", "dual", "vicinity", "periodic", "active"]
+MASK = 9
 
 
 @given(
@@ -24,9 +26,19 @@ BIDIRECTIONAL = ["prefix", "dual", "vicinity", "periodic"]
     iteration=st.integers(0, 5),
     earlier=st.integers(0, 9),
     look=st.integers(0, 50),
+    shift=st.integers(0, 1),
+    data=st.data(),
 )
 def test_the_block_runs_and_the_first_iteration_leaves_nothing_out(
-    name: str, begin: int, n: int, more: int, iteration: int, earlier: int, look: int
+    name: str,
+    begin: int,
+    n: int,
+    more: int,
+    iteration: int,
+    earlier: int,
+    look: int,
+    shift: int,
+    data: st.DataObject,
 ) -> None:
     span = 4 if name == "block" else None
     begin -= begin % n if span else 0
@@ -34,11 +46,21 @@ def test_the_block_runs_and_the_first_iteration_leaves_nothing_out(
     options = {"cache": name, "look_back": look, "look_ahead": look, "refresh_every": look + 1}
     total = begin + n * (more + 1)
     tick = iteration + earlier
-    at = Moment(begin, begin + n, total, iteration, tick, previous, span)
-    first, last = cache_policy(options, span)(at)
-    assert 0 <= first <= begin and begin + n <= last <= total
+    block = st.lists(st.sampled_from([1, MASK]), min_size=n, max_size=n)
+    ids = np.array(data.draw(block.filter(lambda drawn: MASK in drawn)))
+    before = np.where(data.draw(block), MASK, ids)
+    at = Moment(begin, begin + n, total, iteration, tick, previous, span, ids, before, MASK, shift)
+    rows = cache_policy(options, span)(at)
     if tick == 0:
-        assert (first, last) == (0, begin + n if span else total)
+        assert rows == (0, begin + n if span else total)
+    if isinstance(rows, tuple):
+        first, last = rows
+        assert 0 <= first <= begin and begin + n <= last <= total
+    else:
+        assert iteration > 0 and len(rows) % 8 == 0 and (np.diff(rows) >= 0).all()
+        open_ = {begin + i for i in range(n) if ids[i] == MASK}
+        changed = {begin + i for i in range(n) if ids[i] != before[i]}
+        assert set(rows.tolist()) == open_ | changed | {max(p - shift, 0) for p in open_}
 
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)

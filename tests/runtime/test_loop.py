@@ -27,10 +27,15 @@ CACHES = [
     Toy(cache="vicinity", look_back=3, look_ahead=2, warmup=5),
     Toy(cache="vicinity", look_back=40, look_ahead=40),
     Toy(cache="periodic", refresh_every=2),
+    Toy(cache="active"),
+    Toy(cache="active", block=16, length=64),
     Toy(span=4),
     Toy(span=4, cache="block"),
     Toy(span=8, cache="block", block=4),
     Toy(span=2, cache="block", block=4),
+    Toy(span=4, cache="block", cross_block=False),
+    Toy(span=8, cache="block", block=4, cross_block=False),
+    Toy(span=2, cache="block", block=4, cross_block=False),
 ]
 SHIFTED = [Toy(**{**vars(t), "shift": True}) for t in CACHES]
 
@@ -66,23 +71,29 @@ def test_every_cache_computes_the_rows_of_its_table(
 
         def rows(*at: Any, seen: list[int] = wanted_rows) -> list[int]:
             found = toy.rows_of(*at)
-            seen.append(len(found))
+            # `active` runs whole units of rows.
+            unit = 8 if case.cache == "active" and at[3] else 1
+            seen.append(-(-len(found) // unit) * unit)
             return found
 
-        (result,) = runner.generate([prompt], gen_length=12, threshold=0.7, early_stop=early_stop)
-        wanted, forwards = toy.decode(case, prompt, 12, 0.7, early_stop=early_stop, rows=rows)
-        assert [R for R, _ in launched] == wanted_rows
+        length = 3 * case.block
+        (result,) = runner.generate(
+            [prompt], gen_length=length, threshold=0.7, early_stop=early_stop
+        )
+        wanted, forwards = toy.decode(case, prompt, length, 0.7, early_stop=early_stop, rows=rows)
+        assert [R for R, B in launched if B] == wanted_rows
         assert (result.all_tokens, result.forwards) == (wanted, forwards)
         assert result.tokens == (wanted[: wanted.index(EOS)] if EOS in wanted else wanted)
 
 
 @pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("cross_block", [True, False])
 @pytest.mark.parametrize(("block", "span"), [(4, 4), (4, 8), (4, 2)])
 def test_block_reuse_is_exact(
-    block: int, span: int, shift: bool, tmp_path: Path, code: bytes
+    block: int, span: int, cross_block: bool, shift: bool, tmp_path: Path, code: bytes
 ) -> None:
     """The same tokens as with every row computed every time."""
-    case = Toy(block=block, span=span, shift=shift, cache="block")
+    case = Toy(block=block, span=span, shift=shift, cache="block", cross_block=cross_block)
     runner = toy.load(tmp_path, case, code)
     for prompt in prompts_of(2, [0, 3, 8, 13]):
         (result,) = runner.generate([prompt], gen_length=13, early_stop=False)
@@ -95,8 +106,27 @@ def test_block_reuse_is_exact(
         )
 
 
+def test_the_cross_block_update_saves_one_forward_a_block(tmp_path: Path, code: bytes) -> None:
+    case = Toy(span=4, cache="block")
+    stored = Toy(span=4, cache="block", cross_block=False)
+    (tmp_path / "stored").mkdir()
+    runners = toy.load(tmp_path, case, code), toy.load(tmp_path / "stored", stored, code)
+    for prompt in prompts_of(8, [0, 3, 8, 13]):
+        crossed, extra = (r.generate([prompt], gen_length=12, early_stop=False)[0] for r in runners)
+        blocks = -(-(len(prompt) % 4 + 12) // 4)
+        assert crossed.all_tokens == extra.all_tokens
+        assert extra.forwards - crossed.forwards == blocks - 1
+
+
 @pytest.mark.parametrize(
-    "case", [Toy(cache="dual"), Toy(span=4, cache="block", shift=True)], ids=str
+    "case",
+    [
+        Toy(cache="dual"),
+        Toy(cache="active"),
+        Toy(span=4, cache="block", shift=True),
+        Toy(span=4, cache="block", cross_block=False),
+    ],
+    ids=str,
 )
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
@@ -106,7 +136,7 @@ def test_a_result_does_not_depend_on_neighbours(
     batch = data.draw(st.integers(1, 4))
     lengths = data.draw(st.lists(st.integers(0, 15), min_size=1, max_size=7))
     temperature = data.draw(st.sampled_from([0.0, 1.0]))
-    prompts = prompts_of(sum(lengths), lengths)
+    prompts = prompts_of(sum(lengths), data.draw(st.permutations(lengths)))
     many = toy.load(tmp_path_factory.mktemp("many"), Toy(**{**vars(case), "batch": batch}), code)
     together = many.generate(prompts, gen_length=8, temperature=temperature, seed=5)
     for prompt, result in zip(prompts, together, strict=True):
@@ -125,6 +155,24 @@ def test_freed_slots_take_the_next_prompts(tmp_path: Path, code: bytes) -> None:
     # Nobody waits while a slot is free: the second slot idles only behind the last prompt.
     assert 1 not in active[: active.index(1)] and set(active[active.index(1) :]) == {1}
     assert sum(active) == sum(result.forwards for result in results)
+
+
+def test_results_are_told_first_done_first(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(batch=2), code)
+    told: list[tuple[int, list[int]]] = []
+    prompts = prompts_of(7, [3, 1, 4, 1, 5])
+    results = runner.generate(
+        prompts, gen_length=16, on_result=lambda index, result: told.append((index, result.tokens))
+    )
+    assert sorted(told) == [(i, result.tokens) for i, result in enumerate(results)]
+    # With two slots, whoever needs the fewest forwards of the two in flight is told first.
+    free, expected = [(results[0].forwards, 0), (results[1].forwards, 1)], []
+    for index in range(2, 7):
+        at, done = free.pop(free.index(min(free)))
+        expected.append(done)
+        if index < 5:
+            free.append((at + results[index].forwards, index))
+    assert [index for index, _ in told] == expected
 
 
 def test_temperature_draws_a_stream_a_seed(tmp_path: Path, code: bytes) -> None:

@@ -38,6 +38,16 @@ class Toy:
     look_ahead: int = 0
     warmup: int = 0
     refresh_every: int = 1
+    cross_block: bool = True
+
+    @property
+    def stores(self) -> bool:
+        return self.cache == "block" and not self.cross_block
+
+    @property
+    def group(self) -> int:
+        """Positions that are computed together: a block, or the mask's block around it."""
+        return max(self.block, self.span or 1)
 
     def begin(self, prompt: int) -> int:
         return prompt if self.span is None else prompt // self.block * self.block
@@ -167,6 +177,7 @@ def manifest(toy: Toy) -> dict[str, Any]:
             "look_ahead": toy.look_ahead,
             "warmup": toy.warmup,
             "refresh_every": toy.refresh_every,
+            "cross_block": toy.cross_block,
         },
         "policy": {"name": "threshold", "parameters": {"threshold": 0.9}, "state": []},
         "kernels": {"isas": {"any": {"requires": [], "files": ["kernels/any.so"]}}},
@@ -190,7 +201,16 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def rows_of(toy: Toy, b: int, total: int, iteration: int, tick: int, first: bool) -> list[int]:
+def rows_of(
+    toy: Toy,
+    b: int,
+    total: int,
+    iteration: int,
+    tick: int,
+    first: bool,
+    x: Sequence[int],
+    before: Sequence[int],
+) -> list[int]:
     """Which rows run, from the table of the specification; a list, to be written another way."""
     e, n = b + toy.block, toy.block
     everything = list(range(total))
@@ -200,8 +220,10 @@ def rows_of(toy: Toy, b: int, total: int, iteration: int, tick: int, first: bool
             chosen = group
         else:
             start = b // toy.span
-            if iteration == 0:
-                start = 0 if first else (b - n) // toy.span
+            if iteration == 0 and first:
+                start = 0
+            elif iteration == 0 and toy.cross_block:
+                start = (b - n) // toy.span
             chosen = [p for p in group if p // toy.span >= start]
     elif (
         toy.cache == "none"
@@ -214,6 +236,10 @@ def rows_of(toy: Toy, b: int, total: int, iteration: int, tick: int, first: bool
         chosen = [p for p in everything if p >= b]
     elif toy.cache == "vicinity":
         chosen = [p for p in everything if b - toy.look_back <= p < e + toy.look_ahead]
+    elif toy.cache == "active":
+        deciding = {p for p in range(b, e) if x[p] == MASK}
+        changed = {p for p in range(b, e) if x[p] != before[p]}
+        return sorted(deciding | changed | {max(p - toy.shift, 0) for p in deciding})
     else:
         chosen = [p for p in everything if b <= p < e]
     return sorted({*chosen, max(b - 1, 0)}) if toy.shift else chosen
@@ -235,9 +261,10 @@ def decode(
     keys = [[0] * total, [0] * total]
     b, tick, first = toy.begin(P), 0, True
     while b < P + gen:
-        iteration = 0
+        iteration, before = 0, list(x)
         while MASK in x[b : b + toy.block]:
-            h = _forward(toy, x, keys, rows(toy, b, total, iteration, tick, first))
+            h = _forward(toy, x, keys, rows(toy, b, total, iteration, tick, first, x, before))
+            before = list(x)
             _commit(toy, x, h, b, threshold, seed, tick)
             iteration, tick = iteration + 1, tick + 1
         done = x[P : min(b + toy.block, P + gen)]
@@ -245,6 +272,9 @@ def decode(
             at = done.index(EOS)
             return [*done[:at], *[EOS] * (gen - at)], tick
         b, first = b + toy.block, False
+        if toy.stores and b % (toy.span or 1) == 0 and b < P + gen:
+            _forward(toy, x, keys, [p for p in range(total) if b - toy.group <= p < b])
+            tick += 1
     return x[P : P + gen], tick
 
 
