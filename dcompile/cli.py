@@ -211,6 +211,43 @@ def explain(
 
 
 @app.command()
+def profile(
+    artifact: _ArtifactPath,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(metavar="1,2,3")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE.jsonl")] = None,
+    gen_length: Annotated[int | None, typer.Option(help="Positions to generate.")] = None,
+    set_parameter: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any parameter of the policy."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Plain and timed generations, each.")] = 3,
+    launches: Annotated[bool, typer.Option("--launches", help="A line for every launch.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="An artifact, or a profile's JSON.")
+    ] = None,
+    threads: _Threads = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Generate, and show where time and memory went, launch by launch.
+
+    Without a prompt, from random tokens; always to the end of the generated length.
+    """
+    given = sum(each is not None for each in (prompt, prompt_ids, prompts))
+    if given > 1:
+        raise typer.BadParameter("give one of --prompt, --prompt-ids and --prompts")
+    asked = _prompts(prompt, prompt_ids, prompts) if given else []
+    parameters = _parameters(set_parameter or [])
+    from dcompile.profile.command import Asked, run_profile
+
+    with _progress(quiet) as progress:
+        wanted = Asked(asked, gen_length, parameters, rounds, threads, progress)
+        shown = run_profile(artifact, wanted, compare_with=compare)
+    shown.print(as_json, launches)
+
+
+@app.command()
 def verify(
     artifact: _ArtifactPath,
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that it came from.")],

@@ -318,7 +318,7 @@ class Runner:
 
         def step() -> Bools:
             watch.launch(binding, served)
-            return np.array(done, dtype=np.bool_)
+            return np.asarray(done).copy()
 
         return repeat(step, binding.arrays, turns)
 

@@ -1,0 +1,252 @@
+"""Bytes moved and FLOPs done by every launch of an iteration, from the plan and what the iteration ran over.
+
+Bytes are those that a launch must read and write once: the rows of a table that are asked for, the
+keys that a sequence's rows attend to, the experts that have a token. A product of [R, K] and [K, N]
+is 2 R N K operations; small operators count one an element for each operation of their formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dcompile.floor import Cost
+from dcompile.ir.sizes import evaluate
+from dcompile.runtime.weights import DTYPES
+
+Plan = Mapping[str, Any]
+Ints = npt.NDArray[np.int64]
+_FAMILIES = ("f32", "bf16", "f16")
+_PRODUCTS = ("aten.linear.", "aten.mm.", "aten.bmm.", "aten.matmul.")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one iteration ran over: keys seen and slot of each row, and what its launches chose."""
+
+    R: int
+    B: int
+    limits: Ints
+    sequences: Ints
+    chosen: Ints | None
+    experts: Mapping[int, Ints]
+    """Launch that routed -> experts [rows, k]."""
+    live: Mapping[int, int]
+    """Launch that chooses tokens -> candidates that were still undecided."""
+
+    def keys(self, rows: int) -> tuple[int, int]:
+        """Keys seen by all rows together, and keys that memory gives: each slot's once.
+
+        An attention over fewer rows than the step's is over those that choose tokens.
+        """
+        limits, sequences = self.limits, self.sequences
+        if rows != self.R and self.chosen is not None:
+            limits, sequences = limits[self.chosen], sequences[self.chosen]
+        read = sum(int(limits[sequences == slot].max()) for slot in np.unique(sequences))
+        return int(limits.sum()), read
+
+
+@dataclass(frozen=True)
+class Work(Cost):
+    """A launch's cost; `touched` counts experts, where it runs any."""
+
+    touched: int | None = None
+
+
+class Call:
+    """One launch with its sizes evaluated."""
+
+    def __init__(self, plan: Plan, at: int, facts: Facts, routed: int | None) -> None:
+        self.plan, self.at, self.facts, self.routed = plan, at, facts, routed
+        self.launch = plan["launches"][at]
+        self.symbols = {"R": facts.R, "B": facts.B}
+        self.sizes = [evaluate(a["i"], self.symbols) for a in self.flat() if "i" in a]
+        self.family = family(self.launch["kernel"])
+
+    def flat(self) -> Iterator[dict[str, Any]]:
+        return (arg for arg in flat_arguments(self.launch) if isinstance(arg, dict))
+
+    def buffers(self) -> list[int]:
+        """Every buffer once, written ones among them."""
+        read = [arg["b"] for arg in self.flat() if arg.get("b") is not None]
+        return list(dict.fromkeys([*read, *(w for w in self.launch["writes"] if w is not None)]))
+
+    def shape(self, buffer: int) -> list[int]:
+        return [evaluate(size, self.symbols) for size in self.plan["buffers"][buffer]["shape"]]
+
+    def elements(self, buffer: int) -> int:
+        return prod(self.shape(buffer))
+
+    def itemsize(self, buffer: int) -> int:
+        return DTYPES[self.plan["buffers"][buffer]["dtype"]].itemsize
+
+    def bytes(self, index: int) -> int:
+        """Of the argument at `index`, a buffer; none where it is null."""
+        buffer = self.launch["args"][index]["b"]
+        return 0 if buffer is None else self.elements(buffer) * self.itemsize(buffer)
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element of the first argument."""
+        return self.itemsize(self.launch["args"][0]["b"])
+
+
+def family(kernel: str) -> str:
+    """linear_bf16 -> linear"""
+    stem, _, end = kernel.rpartition("_")
+    return stem if end in _FAMILIES else kernel
+
+
+def flat_arguments(launch: Mapping[str, Any]) -> Iterator[Any]:
+    waiting = [*launch["args"], *launch.get("kwargs", {}).values()]
+    while waiting:
+        arg = waiting.pop(0)
+        if isinstance(arg, list):
+            waiting = [*arg, *waiting]
+        else:
+            yield arg
+
+
+def costs(plan: Plan, facts: Facts) -> list[Work]:
+    """The cost of each launch, in the plan's order."""
+    out = []
+    for at, routed in enumerate(routers(plan)):
+        call = Call(plan, at, facts, routed)
+        out.append(_FORMULAS.get(call.family, _other)(call))
+    return out
+
+
+def routers(plan: Plan) -> list[int | None]:
+    """For each launch, the one that chose the experts that it reads."""
+    chose: dict[int, int] = {}
+    out: list[int | None] = []
+    for at, launch in enumerate(plan["launches"]):
+        read = [arg["b"] for arg in flat_arguments(launch) if isinstance(arg, dict) and "b" in arg]
+        found = [chose[b] for b in read if b in chose and b not in launch["writes"]]
+        out.append(found[0] if found else None)
+        if (buffer := chosen_experts(plan, launch)) is not None:
+            chose[buffer] = at
+    return out
+
+
+def chosen_experts(plan: Plan, launch: Mapping[str, Any]) -> int | None:
+    """The buffer i32 [rows, k] that a router writes."""
+    if not family(launch["kernel"]).startswith("route"):
+        return None
+    return next((w for w in launch["writes"] if plan["buffers"][w]["dtype"] == "i32"), None)
+
+
+def live_candidates(plan: Plan, launch: Mapping[str, Any]) -> int | None:
+    """The buffer that says which candidates the choice of tokens is asked for."""
+    if not family(launch["kernel"]).startswith("vocab_choice"):
+        return None
+    read = [arg["b"] for arg in flat_arguments(launch) if arg.get("b") is not None]
+    flags = ("bool", "u8")
+    return next((b for b in read if plan["buffers"][b]["dtype"] in flags), None)
+
+
+def _linear(call: Call) -> Work:
+    rows, n, k = call.sizes[-3:]
+    moved = sum(call.bytes(i) for i in range(5))
+    return Work(moved, 2 * rows * n * k)
+
+
+def _moe_ffn(call: Call) -> Work:
+    rows, d, f, experts, k = call.sizes[:5]
+    chosen = None if call.routed is None else call.facts.experts.get(call.routed)
+    # Without a look at the router: uniform routing.
+    touched = (
+        experts * (1 - (1 - k / experts) ** rows) if chosen is None else len(np.unique(chosen))
+    )
+    weights = (call.bytes(4) + call.bytes(5)) * touched / experts
+    moved = weights + sum(call.bytes(i) for i in range(4))
+    return Work(moved, 6 * rows * k * d * f, None if chosen is None else int(touched))
+
+
+def _vocab_choice(call: Call) -> Work:
+    candidates, _, v, d = call.sizes[:4]
+    live = call.facts.live.get(call.at, candidates)
+    moved = sum(call.bytes(i) for i in range(4)) + live * d * _x_size(call)
+    return Work(moved + call.bytes(5) + call.bytes(6), 2 * live * v * d)
+
+
+def _x_size(call: Call) -> int:
+    return call.itemsize(call.launch["args"][4]["b"])
+
+
+def _attend(call: Call) -> Work:
+    rows, heads, groups, d = call.sizes[:4]
+    seen, read = call.facts.keys(rows)
+    cache = call.itemsize(call.launch["args"][2]["b"]) * 2 * read * groups * d
+    return Work(call.bytes(0) + call.bytes(1) + cache, 4 * seen * heads * d)
+
+
+def _norm_rope_write(call: Call) -> Work:
+    rows, heads, groups, d, _, rotated = call.sizes[:6]
+    written = rows * (heads + 2 * groups) * d * call.size
+    tables = 2 * rows * rotated * 4
+    turned = rows * (heads + groups) * (4 * d + 3 * rotated)
+    return Work(call.bytes(3) + written + tables, turned)
+
+
+def _embedding(call: Call) -> Work:
+    return Work(2 * call.bytes(0) + call.bytes(2), 0)
+
+
+def _gather_rows(call: Call) -> Work:
+    return Work(2 * call.bytes(0) + call.bytes(2), 0)
+
+
+def _normed(call: Call) -> Work:
+    operations = 5 if call.family.startswith("add") else 4
+    rows, d = call.sizes[:2]
+    return Work(sum(_moved(call)), operations * rows * d)
+
+
+def _silu_mul(call: Call) -> Work:
+    rows, width = call.sizes[:2]
+    return Work(3 * rows * width * call.size, 4 * rows * width)
+
+
+def _route(call: Call) -> Work:
+    rows, experts = call.sizes[:2]
+    return Work(sum(_moved(call)), 4 * rows * experts)
+
+
+def _other(call: Call) -> Work:
+    """A function that was emitted, or an ATen call."""
+    moved = sum(_moved(call))
+    if call.launch["kernel"].startswith(_PRODUCTS):
+        inner = call.shape(call.launch["args"][0]["b"])[-1]
+        return Work(moved, 2 * inner * sum(call.elements(w) for w in call.launch["writes"]))
+    largest = max((call.elements(w) for w in call.launch["writes"] if w is not None), default=0)
+    return Work(moved, largest * max(len(call.launch.get("nodes", ())), 1))
+
+
+def _moved(call: Call) -> Iterator[int]:
+    """Bytes of each buffer; of a state at most what the others index."""
+    kinds = {b: call.plan["buffers"][b]["place"]["kind"] for b in call.buffers()}
+    most = max((call.elements(b) for b, kind in kinds.items() if kind != "state"), default=0)
+    for buffer, kind in kinds.items():
+        count = call.elements(buffer)
+        yield (min(count, most) if kind == "state" else count) * call.itemsize(buffer)
+
+
+_FORMULAS: Mapping[str, Callable[[Call], Work]] = {
+    "linear": _linear,
+    "moe_ffn": _moe_ffn,
+    "vocab_choice": _vocab_choice,
+    "attend": _attend,
+    "norm_rope_write": _norm_rope_write,
+    "embedding": _embedding,
+    "gather_rows": _gather_rows,
+    "rms_norm": _normed,
+    "add_rms_norm": _normed,
+    "silu_mul": _silu_mul,
+    "route": _route,
+}
