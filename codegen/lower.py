@@ -134,7 +134,9 @@ def _torch_argument(program: Program, argument: object, buffers: Buffers) -> Any
 def _source(plan: Schedule) -> str:
     if not plan.sources:
         return ""
-    return '#include "prelude.h"\n\n' + "\n".join(plan.sources.values())
+    lines = [f'    "{name}  {touches}\\n"' for name, touches in plan.touches.items()]
+    says = "EXPORT const char dc_abi[] =\n" + "\n".join(lines) + ";\n"
+    return '#include "prelude.h"\n\n' + "\n".join([*plan.sources.values(), says])
 
 
 def emitted_sources(source: str) -> dict[str, str]:

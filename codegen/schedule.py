@@ -26,6 +26,7 @@ class Schedule:
 
     launches: list[Launch] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
+    touches: dict[str, str] = field(default_factory=dict)  # by emitted function; see Launch
     aliases: dict[Node, Node] = field(default_factory=dict)  # an updated value -> its state
 
 
@@ -108,9 +109,9 @@ class _Scheduler:
         name = self._name(group)
         source, launch = emit_group(self.program, group, name, needed)
         launch.covers = group.nodes
-        known = next((k for k, s in self.out.sources.items() if _body(s) == _body(source)), None)
+        known = self._known(source, launch.touches)
         if known is None:
-            self.out.sources[name] = source
+            self.out.sources[name], self.out.touches[name] = source, launch.touches
         else:
             launch.kernel = known
         for node in group.nodes:
@@ -119,6 +120,13 @@ class _Scheduler:
                 assert isinstance(state, Node)
                 self.out.aliases[node] = state
         self.out.launches.append(launch)
+
+    def _known(self, source: str, touches: str) -> str | None:
+        """The function that does the same over buffers of the same extents."""
+        for name, other in self.out.sources.items():
+            if _body(other) == _body(source) and self.out.touches[name] == touches:
+                return name
+        return None
 
     def _name(self, group: Group) -> str:
         if any(n.target is aten.index_put.default for n in group.nodes):

@@ -59,6 +59,21 @@ class Artifact:
         return tuple(self.manifest["kernels"]["isas"][self.isa]["files"])
 
     @property
+    def describes_kernels(self) -> bool:
+        """Whether the code must say what its kernels touch; format 1 is from before it did."""
+        return bool(self.manifest["format"] >= 2)
+
+    @property
+    def token_ids(self) -> int:
+        """How many different ids the canvas may hold."""
+        model = self.manifest["model"]
+        ids = (model.get("vocab_size"), model.get("mask_id"))
+        if not all(type(number) is int and 0 <= number < 1 << 31 for number in ids):
+            what = "the manifest's vocab_size or mask_id is no count"
+            raise ArtifactError(what, where=str(self.path), remedy=_AGAIN)
+        return max(ids[0], ids[1] + 1)
+
+    @property
     def tensors(self) -> Mapping[str, weights.Entry]:
         return self._tensors
 
@@ -110,8 +125,8 @@ def _manifest(archive: Archive, path: Path) -> dict[str, Any]:
 
     if "format" not in body or "dcompile" not in body:
         raise refuse("this is not an artifact: its manifest is of something else", _AGAIN)
-    if body["format"] != FORMAT or isinstance(body["format"], bool):
-        what = f"the artifact has format {body['format']!r}, this dcompile reads {FORMAT}"
+    if type(body["format"]) is not int or not 1 <= body["format"] <= FORMAT:
+        what = f"the artifact has format {body['format']!r}, this dcompile reads 1 to {FORMAT}"
         raise refuse(what, f"compile the model again (it was dcompile {body['dcompile']})")
     if body.get("sha256") != seal(body):
         raise refuse("the manifest is damaged or was altered", _AGAIN)

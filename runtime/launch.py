@@ -16,7 +16,9 @@ import numpy.typing as npt
 import torch
 
 from dcompile.errors import ArtifactError, ContractError
+from dcompile.runtime.abi import Kernel, read_kernels
 from dcompile.runtime.artifact import Artifact
+from dcompile.runtime.checks import check_launches
 from dcompile.runtime.plan import Launch, Size
 from dcompile.runtime.state import Binding, Memory
 from dcompile.runtime.turns import Bools, Turns, repeat
@@ -48,17 +50,26 @@ class TorchCall:
     name: str
 
     def __call__(self) -> None:
-        results = self.operator(*self.args, **self.kwargs)
+        where = f"launch {self.name} ({self.operator})"
+        try:
+            results = self.operator(*self.args, **self.kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+            first = str(error).partition("\n")[0]
+            what = f"the plan is damaged: torch refuses an operator's arguments: {first}"
+            raise ArtifactError(what, where=where, remedy="compile the model again") from error
         if not isinstance(results, (tuple, list)):
             results = (results,)
         for result, target in zip(results, self.writes, strict=False):
-            # An operator that wrote in place returns what is already there.
-            if target is None or result.data_ptr() == target.data_ptr():
+            if target is None:
                 continue
-            if result.shape != target.shape:
-                what = f"it gave {list(result.shape)} for a buffer of {list(target.shape)}"
-                raise ContractError(what, where=f"launch {self.name} ({self.operator})")
-            target.copy_(result)
+            if not isinstance(result, torch.Tensor) or result.shape != target.shape:
+                tensor = isinstance(result, torch.Tensor)
+                have = list(result.shape) if tensor else type(result).__name__
+                what = f"it gave {have} for a buffer of {list(target.shape)}"
+                raise ContractError(what, where=where)
+            # An operator that wrote in place returns what is already there.
+            if result.data_ptr() != target.data_ptr():
+                target.copy_(result)
 
 
 class Executor:
@@ -77,11 +88,17 @@ class Executor:
     ) -> None:
         self.plan = artifact.plan
         self.check_every = check_every
-        self.memory = Memory(artifact)
         self.threads = threads or _default_threads(artifact)
         self._poison = poison
         self._libraries = [_load(artifact, name) for name in artifact.kernel_files]
         self._operators = [self._resolve(launch) for launch in self.plan.launches]
+        check_launches(
+            self.plan,
+            _kernels(self._libraries, str(artifact.path)),
+            artifact.token_ids,
+            strict=artifact.describes_kernels,
+        )
+        self.memory = Memory(artifact)
         if any(native for native, *_ in self.plan.regions):
             self._run = self._function("dc_run", ctypes.c_void_p, ctypes.c_int64)
             self._run_timed = self._function(
@@ -226,11 +243,15 @@ class Executor:
             namespace, name, overload = launch.kernel.split(".")
             if namespace != "aten":
                 raise AttributeError(namespace)
-            return getattr(getattr(torch.ops.aten, name), overload)
+            operator = getattr(getattr(torch.ops.aten, name), overload)
         except (AttributeError, ValueError) as error:
             what = f"torch {torch.__version__} has no operator {launch.kernel!r}"
             remedy = "compile the model again with this torch"
             raise ArtifactError(what, where=launch.name, remedy=remedy) from error
+        if not isinstance(operator, torch._ops.OpOverload) or not _is_plain(operator, launch):
+            what = f"{launch.kernel} is no operator that computes a value from others"
+            raise ArtifactError(what, where=launch.name, remedy="compile the model again")
+        return operator
 
     def _function(self, name: str, *types: Any) -> Callable[..., None]:
         for library in self._libraries:
@@ -270,6 +291,54 @@ class _Template:
         addresses = np.array(self._starts, dtype=np.int64) * 8 + arguments.ctypes.data
         launches = np.ascontiguousarray(np.stack([self._functions, addresses], axis=1))
         return NativeCall(launches, arguments)
+
+
+# By name, for what they do besides: read a file, move a tensor's memory, trust their caller.
+_UNSAFE = {"from_file", "set_data", "record_stream", "empty_strided", "data"}
+_MOVING = ("set_", "resize_", "resize_as_", "as_strided_", "swap", "rename_")
+
+
+def _is_plain(operator: torch._ops.OpOverload, launch: Launch) -> bool:
+    """Whether an operator is meant for any arguments, and changes only what the launch writes."""
+    schema = operator._schema
+    name = schema.name.removeprefix("aten::")
+    private = name.startswith("_") and torch.Tag.core not in operator.tags and name not in _PRIVATE
+    if private or name in _UNSAFE or name.startswith(_MOVING):
+        return False
+    given = dict(zip((a.name for a in schema.arguments), launch.args, strict=False))
+    given |= launch.kwargs
+    return all(
+        isinstance(given.get(a.name), dict) and given[a.name].get("b") in launch.writes
+        for a in schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write
+    )
+
+
+# Private in torch, and all the same what export writes down for a public function.
+_PRIVATE = {
+    "_to_copy",
+    "_softmax",
+    "_log_softmax",
+    "_unsafe_view",
+    "_unsafe_index",
+    "_assert_async",
+}
+
+
+def _kernels(libraries: Sequence[ctypes.CDLL], where: str) -> dict[str, Kernel]:
+    """What the code says of its kernels; of two with one name, the first, which is the one run."""
+    kernels: dict[str, Kernel] = {}
+    for library in libraries:
+        if not hasattr(library, "dc_abi"):
+            continue
+        text = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "dc_abi")))
+        try:
+            described = read_kernels(text.decode())
+        except ValueError as error:
+            what = f"the code's description of its kernels cannot be read: {error}"
+            raise ArtifactError(what, where=where, remedy="use a newer dcompile") from error
+        kernels = {**described, **kernels}
+    return kernels
 
 
 def _load(artifact: Artifact, name: str) -> ctypes.CDLL:

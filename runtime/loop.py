@@ -25,6 +25,7 @@ from dcompile.runtime.caches import (
     stores_blocks,
 )
 from dcompile.runtime.launch import Executor
+from dcompile.runtime.plan import Plan, Size
 from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
 from dcompile.runtime.state import Binding
 from dcompile.runtime.tokens import Tokenizer
@@ -127,12 +128,17 @@ class Runner:
             raise ArtifactError(what, where=where, remedy="compile the model again")
         if "done" not in artifact.plan.outputs:
             raise ArtifactError("the plan has no output 'done'", where=where)
+        _check_shapes(artifact.plan, where)
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = True, threads: int | None = None) -> Self:
         """Open an artifact; `verify=False` does not hash its files."""
         artifact = open_artifact(path, verify)
-        return cls(artifact, Executor(artifact, threads))
+        try:
+            return cls(artifact, Executor(artifact, threads))
+        except MemoryError as error:
+            what = "this machine has too little memory for what the plan asks"
+            raise ArtifactError(what, where=str(path), remedy="compile it smaller") from error
 
     def generate(
         self,
@@ -425,6 +431,20 @@ class Runner:
             seconds=seconds,
             tokens_per_second=len(tokens) / seconds if seconds > 0 else 0.0,
         )
+
+
+def _check_shapes(plan: Plan, where: str) -> None:
+    """Inputs and `done` have the shapes and dtypes that the loop fills and reads."""
+    one, block = (Size(0, 1, 0),), (Size(0, 1, 0), Size(0, 0, plan.sizes["n"]))
+    wanted = dict.fromkeys(plan.inputs, (one, "f32"))
+    wanted |= dict.fromkeys(("block_seq", "iteration", "entered", "seed", "tick"), (one, "i64"))
+    wanted |= dict.fromkeys(("block_pos", "choice_row"), (block, "i64"))
+    wanted |= dict.fromkeys(_ROWS, ((Size(1, 0, 0),), "i64"))
+    for name, index in (*plan.inputs.items(), ("done", plan.outputs["done"])):
+        shape, dtype = wanted.get(name, (one, "bool"))
+        if (plan.buffers[index].shape, plan.buffers[index].dtype) != (shape, dtype):
+            what = f"the plan is damaged: {name!r} has another shape or dtype than the loop's"
+            raise ArtifactError(what, where=where, remedy="compile the model again")
 
 
 def _canvas(executor: Executor, limits: Limits, where: str) -> Ints:

@@ -13,6 +13,7 @@ from dcompile.runtime.weights import DTYPES
 
 SYMBOLS = ("R", "B")
 _LARGEST = 1 << 48
+_MOST = {"N": 1 << 16, "L": 1 << 24, "n": 1 << 24}
 _REMEDY = "compile the model again"
 
 
@@ -26,6 +27,15 @@ class Size:
 
     def __call__(self, R: int, B: int) -> int:
         return self.rows * R + self.sequences * B + self.fixed
+
+    @property
+    def constant(self) -> bool:
+        return self.rows == self.sequences == 0
+
+    @property
+    def grows(self) -> bool:
+        """Whether it never shrinks with R or B; products of such sizes are convex in each."""
+        return self.rows >= 0 and self.sequences >= 0
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,8 @@ class _Reader:
             if not set(text["symbols"]) <= set(SYMBOLS):
                 raise self.broken(f"unknown symbols {text['symbols']}")
             sizes = {key: self._count(value, f"size {key}") for key, value in text["sizes"].items()}
-            if any(sizes.get(key, 0) < 1 for key in "NLn"):
-                raise self.broken("it does not give sizes N, L and n")
+            if any(not 1 <= sizes.get(key, 0) <= most for key, most in _MOST.items()):
+                raise self.broken("it does not give sizes N, L and n, or too large ones")
             buffers = tuple(map(self._buffer, text["buffers"]))
             launches = tuple(self._launch(item, len(buffers)) for item in text["launches"])
             plan = Plan(
@@ -260,32 +270,43 @@ class _Reader:
             extent = buffer.extent(R, B)
             if min(extent, default=0) < 0 or buffer.bytes(R, B) >= _LARGEST:
                 raise self.broken(f"shape {list(extent)} at R={R} B={B}", part)
-        if buffer.kind in ("weight", "state") and any(s.rows or s.sequences for s in buffer.shape):
+        moving = sum(not size.constant for size in buffer.shape)
+        if buffer.kind in ("weight", "state") and moving:
             raise self.broken(f"the shape of a {buffer.kind} depends on the rows", part)
+        # So that what holds at the corners holds between them: see Plan.corners.
+        if moving > 1 and buffer.kind != "view":
+            raise self.broken("two of its axes depend on the rows", part)
+        if not all(size.grows for size in (*buffer.shape, *buffer.strides)):
+            raise self.broken("a size shrinks as rows are added", part)
 
     def _check_view(self, plan: Plan, index: int, part: str) -> None:
         buffer = plan.buffers[index]
-        base_of(plan.buffers, index, lambda: self.broken("a view of itself or of nothing", part))
-        base = plan.buffers[buffer.base]
+        root = base_of(
+            plan.buffers, index, lambda: self.broken("a view of itself or of nothing", part)
+        )
+        base = plan.buffers[root]
         if base.dtype != buffer.dtype or len(buffer.strides) != len(buffer.shape):
             raise self.broken("a view differs from its base in dtype, or lacks strides", part)
         for R, B in plan.corners():
-            extent, offset = buffer.extent(R, B), buffer.offset(R, B)
+            extent = buffer.extent(R, B)
             strides = [stride(R, B) for stride in buffer.strides]
-            if 0 in extent:
-                continue
-            last = offset + sum((n - 1) * s for n, s in zip(extent, strides, strict=True))
-            if offset < 0 or min(strides, default=0) < 0 or last >= _reach(base, R, B):
+            first = _offset(plan.buffers, index, R, B)
+            # An empty view is bounded too: native code gets its address.
+            last = first + sum((n - 1) * s for n, s in zip(extent, strides, strict=True))
+            last = first - 1 if 0 in extent else last
+            if first < 0 or min(strides, default=0) < 0 or last >= prod(base.extent(R, B)):
                 raise self.broken(f"a view ends outside {base.name} at R={R} B={B}", part)
 
 
-def _reach(buffer: Buffer, R: int, B: int) -> int:
-    """How many elements from its first one a buffer may be read."""
-    extent = buffer.extent(R, B)
-    if buffer.kind != "view":
-        return prod(extent)
-    strides = [stride(R, B) for stride in buffer.strides]
-    return 1 + sum((n - 1) * s for n, s in zip(extent, strides, strict=True))
+def _offset(buffers: Sequence[Buffer], index: int, R: int, B: int) -> int:
+    """Where a view begins, in elements of the buffer that it lies in."""
+    first = 0
+    while buffers[index].kind == "view":
+        if buffers[index].offset(R, B) < 0:
+            return -1
+        first += buffers[index].offset(R, B)
+        index = buffers[index].base
+    return first
 
 
 def base_of(buffers: Sequence[Buffer], index: int, error: Any = None) -> int:

@@ -20,7 +20,8 @@ from dcompile.errors import OutputError
 from dcompile.runtime.archive import MANIFEST, SUFFIX, is_safe
 from dcompile.runtime.weights import ALIGN, shards
 
-FORMAT = 1
+FORMAT = 2
+"""1: as first released. 2: native code describes its kernels, and weights may lie elsewhere."""
 # Any id will do that no tool knows: it marks bytes whose only use is their number.
 _PADDING_FIELD = 0xD935
 _LOCAL_HEADER, _ZIP64_FIELD = 30, 20

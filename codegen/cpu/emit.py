@@ -12,8 +12,8 @@ from dcompile.codegen.launches import Argument, Int, Launch, Value
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
-from dcompile.ir.show import show_node
-from dcompile.ir.sizes import Size, shape_of
+from dcompile.ir.show import SHORT, show_node
+from dcompile.ir.sizes import Size, shape_of, size_of
 
 aten = torch.ops.aten
 RESHAPE = aten.reshape.default
@@ -215,7 +215,36 @@ class _Emitter:
         launch = Launch(
             "native", self.name, self.nodes[-1], args, writes, updates, list(self.nodes)
         )
+        launch.touches = self._touches(writes, updates)
         return source, launch
+
+    def _touches(self, writes: list[Node], updates: list[Node]) -> str:
+        """The arguments with their extents, and what the numbers used as indices must be below."""
+        below = self._indexed()
+        words = []
+        for node, i in self.buffers.items():
+            mode = ">" if node in writes else "*" if node in updates else ""
+            extent = ",".join(_abi_size(s) for s in shape_of(value(node), self.program.symbols))
+            bound = f"<{below[node]}" if node in below and not mode else ""
+            source = _copied(node)
+            values = f"=b{self.buffers[source]}" if mode == ">" and source in self.buffers else ""
+            words.append(f"{mode}b{i}:{SHORT[value(node).dtype]}[{extent}]{bound}{values}")
+        return " ".join([*words, "R", "B"])
+
+    def _indexed(self) -> dict[Node, str]:
+        found: dict[Node, str] = {}
+        for node in self.nodes:
+            if node.target is aten.index_select.default:
+                pairs = [(node.args[2], value(node.args[0]).shape[node.args[1]])]
+            elif node.target in (aten.index.Tensor, aten.index_put.default):
+                pairs = list(zip(node.args[1], value(node.args[0]).shape, strict=False))
+            elif node.target is ops.WRITE_ROWS:
+                pairs = list(zip(node.args[2:], value(node.args[0]).shape, strict=False))
+            else:
+                continue
+            for index, dim in pairs:
+                found[base(index)] = _abi_size(size_of(dim, self.program.symbols))
+        return found
 
     def shape(self, node: Node) -> list[str]:
         return [_c_size(s) for s in shape_of(value(node), self.program.symbols)]
@@ -408,6 +437,20 @@ class _Emitter:
             common = _arithmetic(_common(args))
             return BINARY[name].format(arg(args[0], common), arg(args[1], common))
         return BINARY[name].format(arg(args[0], kind), arg(args[1], kind))
+
+
+def _copied(node: Node) -> Node | None:
+    """The value whose elements are a gather's, as they are."""
+    if node.target in (aten.index.Tensor, aten.index_select.default):
+        return base(node.args[0])
+    return None
+
+
+def _abi_size(size: Size) -> str:
+    if isinstance(size, int):
+        return str(size)
+    terms = [f"{factor}*{name}" if name else str(factor) for name, factor in size.items()]
+    return "+".join(term.removeprefix("1*") for term in terms).replace("+-", "-")
 
 
 def _readers(node: Node) -> list[Node]:

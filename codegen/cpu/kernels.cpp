@@ -2,6 +2,7 @@
 #include <time.h>
 
 #include "abi.h"
+#include "abi_table.h"
 #include "attend.h"
 #include "linear.h"
 #include "moe_ffn.h"

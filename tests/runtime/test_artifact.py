@@ -106,7 +106,8 @@ def test_refuses_what_is_no_artifact(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 2}, "format 2, this dcompile reads 1"),
+        ({"format": 3}, "format 3, this dcompile reads 1 to 2"),
+        ({"format": 0}, "format 0"),
         ({"format": True}, "format True"),
         ({"target": "cuda:sm_90"}, "cuda:sm_90"),
         ({"machine": "riscv64"}, "riscv64"),

@@ -56,7 +56,7 @@ def read(change: Callable[[Json], None]) -> Plan:
         view(13, [{"R": 1}], [1]),
         view(16, [{"B": 1}], [4], 3),
         view(16, [{"B": 4}], [1]),
-        view(16, [{"B": 1}, 0], [4, 1], 9),
+        view(16, [{"B": 1}, 0], [4, 1], 4),
         view(0, [], [], 63),
         put("buffers", 13, "shape", 0, {"R": 64, "B": 2, "": 5}),
         put("launches", 0, "origin", "unknown fields are kept"),

@@ -83,3 +83,11 @@ extern "C" void dc_run_timed(const Launch *l, int64_t count, double *seconds) {
 
 int64_t dc_threads = 0;
 extern "C" void dc_set_threads(int64_t threads) { dc_threads = threads; }
+
+extern "C" const char dc_abi[] =
+    "toy_embed >h:i64[R] canvas:i64[@N,L] row_seq:i64[R]<@N row_pos:i64[R]<L R L; L>=1\n"
+    "toy_layer >out:i64[R] h:i64[R] *keys:i64[@N,L] row_seq:i64[R]<@N row_pos:i64[R]<L "
+    "row_limit:i64[R]<=L R L\n"
+    "toy_choose >token:i64[B,n] >confidence:f32[B,n] >commit:u8[B,n] >open:u8[B,n] "
+    "*canvas:i64[@N,L] h:i64[1] block_seq:i64[B]<@N block_pos:i64[B,n]<L choice_row:i64[B,n]<h/1 "
+    "threshold:f32[B] temperature:f32[B] seed:i64[B] tick:i64[B] B n L V mask; V>=2\n";
