@@ -67,11 +67,12 @@ class Artifact:
     def token_ids(self) -> int:
         """How many different ids the canvas may hold."""
         model = self.manifest["model"]
-        ids = (model.get("vocab_size"), model.get("mask_id"))
-        if not all(type(number) is int and 0 <= number < 1 << 31 for number in ids):
-            what = "the manifest's vocab_size or mask_id is no count"
-            raise ArtifactError(what, where=str(self.path), remedy=_AGAIN)
-        return max(ids[0], ids[1] + 1)
+        vocab, mask = model.get("vocab_size"), model.get("mask_id")
+        for number in (vocab, mask):
+            if type(number) is not int or not 0 <= number < 1 << 31:
+                what = "the manifest's vocab_size or mask_id is no count"
+                raise ArtifactError(what, where=str(self.path), remedy=_AGAIN)
+        return int(max(vocab, mask + 1))
 
     @property
     def tensors(self) -> Mapping[str, weights.Entry]:
