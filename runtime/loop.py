@@ -437,7 +437,7 @@ def _check_shapes(plan: Plan, where: str) -> None:
     """Inputs and `done` have the shapes and dtypes that the loop fills and reads."""
     one, block = (Size(0, 1, 0),), (Size(0, 1, 0), Size(0, 0, plan.sizes["n"]))
     wanted: dict[str, tuple[tuple[Size, ...], str]] = dict.fromkeys(plan.inputs, (one, "f32"))
-    wanted |= dict.fromkeys(("block_seq", "iteration", "entered", "seed", "tick"), (one, "i64"))
+    wanted |= dict.fromkeys({"block_seq", *_CLOCKS} - {"temperature"}, (one, "i64"))
     wanted |= dict.fromkeys(("block_pos", "choice_row"), (block, "i64"))
     wanted |= dict.fromkeys(_ROWS, ((Size(1, 0, 0),), "i64"))
     for name, index in (*plan.inputs.items(), ("done", plan.outputs["done"])):

@@ -24,7 +24,11 @@
     "down_bias?:" #T "[E,D] R D F E k activation; E>=1 k>=1 D>=1 F>=1 activation<=3\n"          \
     "vocab_choice_" #T "  >token:i64[C]=V >confidence:f32[C] >margin:f32[C] >entropy:f32[C] "   \
     "x:" #T "[C,D] w:" #T "[{V,D}] bias?:" #T "[V] live:u8[C] temperature:f32[B] seed:i64[B] "  \
-    "tick:i64[B] pos:i64[C] C B V D mask_id; B>=1 V>=1 D>=1 C%B\n"
+    "tick:i64[B] pos:i64[C] C B V D mask_id; B>=1 V>=1 D>=1 C%B\n"                             \
+    "vocab_choice_asked_" #T "  >token:i64[C]=V >confidence:f32[C] >margin:f32[C] "             \
+    ">entropy:f32[C] >score:f32[C] >asked_p:f32[C,S] >asked_score:f32[C,S] x:" #T "[C,D] "      \
+    "w:" #T "[{V,D}] bias?:" #T "[V] live:u8[C] temperature:f32[B] seed:i64[B] tick:i64[B] "    \
+    "pos:i64[C] asked:i64[C,S] C B V D mask_id S; B>=1 V>=1 D>=1 C%B\n"
 
 DC_EXPORT const char dc_abi[] =
     DC_ABI_OF(f32) DC_ABI_OF(bf16) DC_ABI_OF(f16)
