@@ -103,4 +103,4 @@ EXPORT void commit(const Arg *a) {
 EXPORT const char dc_abi[] =
     "pointwise_index  b0:i64[R]<2 b1:i64[R]<64 b2:i64[2,64] >b3:i64[R]=b2 R B\n"
     "pointwise_index_eq  b0:i64[B]<2 b1:i64[B,8]<64 b2:i64[2,64] >b3:i64[B,8]=b2 >b4:bool[B,8] R B\n"
-    "commit  b0:f32[B,8] >b1:f32[B] b2:f32[B] b3:bool[B,8] >b4:bool[B,8] >b5:f32[B] >b6:bool[B] >b7:bool[B,8] b8:i64[B,8] b9:i64[B,8] >b10:i64[B,8] >b11:bool[B] b12:i64[B]<2 b13:i64[B,8]<64 *b14:i64[2,64] R B\n";
+    "commit  b0:f32[B,8] >b1:f32[B] b2:f32[B] b3:bool[B,8] >b4:bool[B,8] >b5:f32[B] >b6:bool[B,8] b7:i64[B,8]<64 >b8:i64[B] >b9:bool[B] >b10:bool[B,8] b11:i64[B,8] b12:i64[B,8] >b13:i64[B,8] >b14:bool[B] b15:i64[B]<2 *b16:i64[2,64] R B\n";
