@@ -224,6 +224,12 @@ def profile(
     rounds: Annotated[int, typer.Option(min=1, help="Plain and timed generations, each.")] = 3,
     launches: Annotated[bool, typer.Option("--launches", help="A line for every launch.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Trace events, for ui.perfetto.dev.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One self-contained page.")
+    ] = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="OTHER", help="An artifact, or a profile's JSON.")
     ] = None,
@@ -244,6 +250,7 @@ def profile(
     with _progress(quiet) as progress:
         wanted = Asked(asked, gen_length, parameters, rounds, threads, progress)
         shown = run_profile(artifact, wanted, compare_with=compare)
+        shown.write(trace, html)
     shown.print(as_json, launches)
 
 

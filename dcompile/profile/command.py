@@ -8,9 +8,11 @@ from pathlib import Path
 
 import typer
 
+from dcompile.errors import OutputError
 from dcompile.profile import compare, profile_artifact, table
 from dcompile.profile.collect import Capture, Progress
 from dcompile.profile.summary import Profile, summarize
+from dcompile.profile.trace import trace
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Asked:
 class Shown:
     """A profile, and what it stands beside."""
 
+    capture: Capture
     profile: Profile
     other: compare.Side | None
 
@@ -54,13 +57,31 @@ class Shown:
         else:
             compare.show(compare.side(self.profile, self.profile.artifact), self.other, out)
 
+    def write(self, trace_file: Path | None, html_file: Path | None) -> None:
+        """The trace and the page, where they are asked for."""
+        if trace_file is not None:
+            _write(trace_file, trace(self.capture, self.profile))
+        if html_file is not None:
+            from dcompile.profile.page import page
+
+            _write(html_file, page(self.profile, self.capture.runner.artifact))
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        what = f"it could not be written: {error.strerror or error}"
+        raise OutputError(what, where=str(file), remedy="name another place") from error
+
 
 def run_profile(artifact: Path, asked: Asked, *, compare_with: Path | None) -> Shown:
     """Profile an artifact and, where `compare_with` is one too, that as well."""
     other = None
     if compare_with is not None and compare_with.suffix == ".json":
         other = compare.stored(compare_with)
-    profile = summarize(asked.capture(artifact))
+    captured = asked.capture(artifact)
+    profile = summarize(captured)
     if compare_with is not None and other is None:
         other = compare.side(summarize(asked.capture(compare_with)), str(compare_with))
-    return Shown(profile, other)
+    return Shown(captured, profile, other)

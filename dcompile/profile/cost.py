@@ -21,7 +21,7 @@ from dcompile.runtime.weights import DTYPES
 
 Plan = Mapping[str, Any]
 Ints = npt.NDArray[np.int64]
-_FAMILIES = ("f32", "bf16", "f16")
+_SIZES = {"f32": 4, "bf16": 2, "f16": 2}
 _PRODUCTS = ("aten.linear.", "aten.mm.", "aten.bmm.", "aten.matmul.")
 
 
@@ -99,7 +99,7 @@ class Call:
 def family(kernel: str) -> str:
     """linear_bf16 -> linear"""
     stem, _, end = kernel.rpartition("_")
-    return stem if end in _FAMILIES else kernel
+    return stem if end in _SIZES else kernel
 
 
 def flat_arguments(launch: Mapping[str, Any]) -> Iterator[Any]:
@@ -171,12 +171,8 @@ def _moe_ffn(call: Call) -> Work:
 def _vocab_choice(call: Call) -> Work:
     candidates, _, v, d = call.sizes[:4]
     live = call.facts.live.get(call.at, candidates)
-    moved = sum(call.bytes(i) for i in range(4)) + live * d * _x_size(call)
-    return Work(moved + call.bytes(5) + call.bytes(6), 2 * live * v * d)
-
-
-def _x_size(call: Call) -> int:
-    return call.itemsize(call.launch["args"][4]["b"])
+    skipped = (candidates - live) * d * _SIZES[call.launch["kernel"].rpartition("_")[2]]
+    return Work(sum(_moved(call)) - skipped, 2 * live * v * d)
 
 
 def _attend(call: Call) -> Work:
@@ -241,6 +237,7 @@ _FORMULAS: Mapping[str, Callable[[Call], Work]] = {
     "linear": _linear,
     "moe_ffn": _moe_ffn,
     "vocab_choice": _vocab_choice,
+    "vocab_choice_asked": _vocab_choice,
     "attend": _attend,
     "norm_rope_write": _norm_rope_write,
     "embedding": _embedding,

@@ -34,8 +34,8 @@ def show(profile: Profile, out: Console, launches: bool = False) -> None:
     if launches:
         named = [_named(row, profile) for row in profile.launches]
         out.print(_rows("launch", named, profile))
-    out.print(_memory(profile))
-    out.print(_notes(profile))
+    out.print(f"\nmemory    {memory_text(profile)}")
+    out.print(f"\n{notes(profile)}")
 
 
 def _head(profile: Profile) -> str:
@@ -65,15 +65,15 @@ def _phases(profile: Profile) -> Table:
         table.add_row(
             phase,
             f"{sum(times) * 1e3:.2f}",
-            _percent(sum(times) / profile.wall),
+            percent(sum(times) / profile.wall),
             str(len(found)),
             f"{statistics.median(times) * 1e3:.3f}",
             f"{statistics.fmean(each.R for each in found):.0f}",
             f"{statistics.fmean(each.tokens for each in found):.2f}",
             f"{statistics.fmean(experts):.1f} of {profile.experts}" if experts else "",
         )
-    table.add_row("host", f"{profile.host * 1e3:.2f}", _percent(profile.host / profile.wall))
-    table.add_row("total", f"{profile.wall * 1e3:.2f}", _percent(1))
+    table.add_row("host", f"{profile.host * 1e3:.2f}", percent(profile.host / profile.wall))
+    table.add_row("total", f"{profile.wall * 1e3:.2f}", percent(1))
     return table
 
 
@@ -90,14 +90,14 @@ def _rows(title: str, rows: Sequence[Row], profile: Profile) -> Table:
             row.name,
             str(row.calls),
             f"{row.total * 1e3:.3f}",
-            _percent(row.total / profile.wall),
+            percent(row.total / profile.wall),
             f"{row.median * 1e6:.1f}",
             f"{row.low * 1e6:.1f}..{row.high * 1e6:.1f}",
             f"{row.bytes / 1e6:.2f}",
             f"{row.flops / 1e6:.1f}",
             f"{row.bandwidth / 1e9:.2f}",
             f"{row.rate / 1e9:.2f}",
-            _percent(row.of_floor),
+            percent(row.of_floor),
             *(str(used.get(k, "")) for k in resources),
         )
     return table
@@ -108,31 +108,33 @@ def _named(row: Row, profile: Profile) -> Row:
     return Row(**{**vars(row), "name": place.name})
 
 
-def _memory(profile: Profile) -> str:
+def memory_text(profile: Profile) -> str:
+    """What is held, and what most of the scratch is at its fullest."""
     held = profile.memory
     first = ", ".join(f"{h.name} {_size(h.bytes)}" for h in held.buffers[:4])
     return (
-        f"\nmemory    weights {_size(held.weights)}, states {_size(held.state)}, "
-        f"scratch {_size(held.scratch)} for values of {_size(held.values)}\n"
-        f"          most alive at {held.peak}: {_size(max(held.live, default=0))} ({first})\n"
-        f"          process {_size(max(held.resident, default=0))} resident, "
+        f"weights {_size(held.weights)}, states {_size(held.state)}, "
+        f"scratch {_size(held.scratch)} for values of {_size(held.values)}; "
+        f"most alive at {held.peak}: {_size(max(held.live, default=0))} ({first}); "
+        f"process {_size(max(held.resident, default=0))} resident, "
         f"{_size(held.before)} of it before the artifact was opened"
     )
 
 
-def _notes(profile: Profile) -> str:
+def notes(profile: Profile) -> str:
+    """How to read the numbers, and what measuring them cost."""
     gaps = sum(i.end - i.start for i in profile.iterations) - profile.launched
     return (
-        f"\nTiming costs {profile.overhead * 100:+.1f} % (medians of {len(profile.timed)} rounds each way); "
-        f"launches {_percent(profile.launched / profile.wall)} % of the total, "
-        f"between them {_percent(gaps / profile.wall)} %.\n"
+        f"Timing costs {profile.overhead * 100:+.1f} % (medians of {len(profile.timed)} rounds each way); "
+        f"launches {percent(profile.launched / profile.wall)} % of the total, "
+        f"between them {percent(gaps / profile.wall)} %. "
         "Floor: the larger of bytes / bandwidth and FLOPs / rate, both measured just now; "
-        "more than 100 % was read from a cache.\n"
+        "more than 100 % was read from a cache. "
         "GB/s, GFLOP/s and % of floor are medians over the iterations."
     )
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{share * 100:.1f}"
 
 
