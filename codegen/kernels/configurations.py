@@ -1,0 +1,118 @@
+"""How the work of each family is cut into tiles: a default by shape, and the candidates for tuning.
+
+Candidates are plain data; `gate.py` refuses those that spill or need more shared memory than a chip
+has, and what remains is timed on a GPU.  The depth and the splits fix the order of a row's sum, so
+a plan uses one configuration for all of its row counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """`rows` x `columns` of the result, `depth` of the sum, in `splits` runs (attend: of `depth` keys)."""
+
+    rows: int
+    columns: int
+    depth: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+
+    def unsplit(self) -> Tiles:
+        return replace(self, splits=1)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a choice of tiles depends on."""
+
+    processors: int  # streaming multiprocessors of the largest chip of its kind
+    shared: int  # bytes of shared memory that one block may use
+
+
+ARCHITECTURES: Mapping[int, Architecture] = {
+    80: Architecture(108, 166912),
+    86: Architecture(84, 101376),
+    89: Architecture(128, 101376),
+    90: Architecture(132, 232448),
+    100: Architecture(148, 232448),
+    120: Architecture(170, 101376),
+}
+
+# float32 products run without tensor cores and serve as a reference: small tiles keep them in registers.
+FLOAT32 = Tiles(16, 32, 32, warps=4, stages=2)
+
+
+def linear_tiles(n: int, k: int, dtype: str, arch: int) -> Tiles:
+    """Enough programs to fill the chip once: narrow tiles first, then runs of the sum."""
+    if dtype == "f32":
+        return FLOAT32
+    processors = ARCHITECTURES[arch].processors
+    columns = 64 if n >= 64 * processors else 32
+    programs = -(-n // columns)
+    splits = 1
+    while programs * splits < processors and k // (2 * splits) >= 512 and splits < 8:
+        splits *= 2
+    return Tiles(32, columns, 128, splits, 4, 4)
+
+
+def gate_up_tiles(dtype: str, arch: int) -> Tiles:
+    if dtype == "f32":
+        return FLOAT32
+    return Tiles(16, 64, 128, warps=4, stages=3 if ARCHITECTURES[arch].shared > 150_000 else 2)
+
+
+def down_tiles(dtype: str, arch: int) -> Tiles:
+    if dtype == "f32":
+        return FLOAT32
+    return Tiles(16, 64, 128, warps=4, stages=4 if ARCHITECTURES[arch].shared > 150_000 else 3)
+
+
+def vocab_tiles(dtype: str, arch: int) -> Tiles:
+    """`splits` programs share the vocabulary; two a processor hide each other's reductions."""
+    splits = 2 * ARCHITECTURES[arch].processors
+    if dtype == "f32":
+        return replace(FLOAT32, splits=splits)
+    return Tiles(32, 64, 128, splits, 4, 4)
+
+
+def attend_tiles(vectors: int, head_size: int, dtype: str, arch: int) -> Tiles:
+    """`vectors`: queries that share a key head in one iteration (window rows x heads a group)."""
+    if dtype == "f32":
+        return Tiles(16, 16 if head_size > 64 else 32, 256, warps=4, stages=1)
+    rows = 16
+    while rows < min(vectors, 64):
+        rows *= 2
+    return Tiles(rows, 64, 256, warps=4, stages=2)
+
+
+def _grid(rows: tuple[int, ...], columns: tuple[int, ...], depths: tuple[int, ...]) -> list[Tiles]:
+    return [
+        Tiles(r, c, d, warps=w, stages=s)
+        for r in rows
+        for c in columns
+        for d in depths
+        for w in (4, 8)
+        for s in (2, 3, 4)
+    ]
+
+
+def candidates(family: str, tiles: Tiles) -> list[Tiles]:
+    """What tuning may try for a family, beginning with its default `tiles`; duplicates left out."""
+    if family == "linear":
+        grid = _grid((16, 32), (32, 64, 128), (64, 128, 256))
+        found = [replace(t, splits=s) for t in grid for s in (1, 2, 4, 8)]
+    elif family in ("gate_up", "down"):
+        found = _grid((16, 32), (32, 64, 128), (64, 128))
+    elif family == "vocab_choice":
+        grid = _grid((16, 32), (32, 64, 128), (64, 128))
+        found = [replace(t, splits=s * tiles.splits // 2) for t in grid for s in (1, 2, 4)]
+    elif family == "attend":
+        found = _grid((16, 32, 64), (32, 64, 128), (128, 256, 512))
+    else:
+        found = []
+    return list(dict.fromkeys([tiles, *found]))
