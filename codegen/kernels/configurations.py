@@ -87,7 +87,9 @@ def attend_tiles(vectors: int, head_size: int, dtype: str, arch: int) -> Tiles:
     rows = 16
     while rows < min(vectors, 64):
         rows *= 2
-    return Tiles(rows, 64, 256, warps=4, stages=2)
+    # Without warp-group products the queries lie in registers too, and wide tiles of scores spill.
+    wide = rows == 64 and arch in (90, 100)
+    return Tiles(rows, 64 if wide else 32, 256, warps=4, stages=2)
 
 
 def _grid(rows: tuple[int, ...], columns: tuple[int, ...], depths: tuple[int, ...]) -> list[Tiles]:
