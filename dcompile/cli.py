@@ -200,6 +200,44 @@ def run(
 
 
 @app.command()
+def calibrate(
+    artifact: _ArtifactPath,
+    prompts: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="As for run.")],
+    agreement: Annotated[
+        float, typer.Option(help="Share of prompts to answer as the reference does.")
+    ] = 0.99,
+    gen_length: Annotated[int | None, typer.Option(help="Positions to generate.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
+    write: Annotated[
+        bool, typer.Option("--record", help="Make the threshold the artifact's default.")
+    ] = False,
+    threads: _Threads = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Find the lowest threshold that agrees with an uncached decode of one token a forward."""
+    from dcompile.calibrate import calibrate as calibrate_runner
+    from dcompile.calibrate import record
+    from dcompile.runtime.loop import Runner
+
+    asked = _prompts(None, None, prompts)
+    with _progress(quiet) as progress:
+        progress("decoding")
+        runner = Runner.load(artifact, threads=threads)
+        ids = [runner.encode(prompt, chat) for prompt in asked]
+        length = gen_length or _default_gen_length(runner, ids)
+        found = calibrate_runner(runner, ids, gen_length=length, agreement=agreement)
+    typer.echo(found.text())
+    if found.chosen is None:
+        what = f"no threshold agrees on {agreement:.1%} of the prompts: the cache loses the rest"
+        raise RequestError(what, remedy="compile with --cache none, or ask for less --agreement")
+    if write:
+        record(artifact, {"threshold": found.chosen.threshold})
+    if not quiet:
+        done = f"recorded in {artifact}" if write else "for: dcompile run"
+        typer.echo(f"{done}: --threshold {found.chosen.threshold:g}", err=True)
+
+
+@app.command()
 def explain(
     artifact: _ArtifactPath,
     pass_name: Annotated[str | None, typer.Argument(metavar="[PASS]")] = None,
@@ -406,10 +444,12 @@ def _generate(
         remedy = f"it has: {', '.join(sorted(known)) or 'none'}"
         raise RequestError(what, where=unknown[0], remedy=remedy)
     ids = [runner.encode(prompt, chat) for prompt in prompts]
-    length = gen_length
-    if length is None:
-        length = runner.limits.default_length(max(map(len, ids), default=0), _DEFAULT_LENGTH)
+    length = _default_gen_length(runner, ids) if gen_length is None else gen_length
     return runner.generate(ids, gen_length=length, **{**request, **parameters})
+
+
+def _default_gen_length(runner: Runner, ids: Sequence[list[int]]) -> int:
+    return runner.limits.default_length(max(map(len, ids), default=0), _DEFAULT_LENGTH)
 
 
 class _Stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcompile.errors import ArtifactError, RequestError
@@ -26,11 +26,14 @@ class Tokenizer:
     def present(self) -> bool:
         return "tokenizer.json" in self._files
 
-    def encode(self, text: str, chat: bool = False) -> list[int]:
-        """Token ids of a text; of the text as a user's turn of a conversation where `chat`."""
-        text = self._chat(text) if chat else text
+    def encode(self, text: str, chat: bool = False, special: bool = True) -> list[int]:
+        """Token ids of a text; of the text as a user's turn of a conversation where `chat`.
+
+        Without `special` the tokenizer adds no tokens of its own, such as a beginning.
+        """
+        text = self.render([{"role": "user", "content": text}]) if chat else text
         # A template writes its special tokens itself.
-        encoding = self._tokenizer().encode(text, add_special_tokens=not chat)
+        encoding = self._tokenizer().encode(text, add_special_tokens=special and not chat)
         return [int(token) for token in encoding.ids]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -75,7 +78,14 @@ class Tokenizer:
             raise RequestError("the model's tokenizer has no chat template", remedy=remedy)
         return template
 
-    def _chat(self, text: str) -> str:
+    def template(self) -> str:
+        """The chat template's source; raises RequestError where there is none."""
+        return self._template(self._config())
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation (role, content) as the text that the model reads."""
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -94,10 +104,9 @@ class Tokenizer:
             if key.endswith("_token") and isinstance(value, (str, dict))
         }
         template = self._template(config)
-        messages = [{"role": "user", "content": text}]
         try:
             return environment.from_string(template).render(
-                messages=messages, add_generation_prompt=True, **special
+                messages=messages, add_generation_prompt=add_generation_prompt, **special
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, KeyError) as error:
             raise RequestError(f"the chat template failed: {error}") from error

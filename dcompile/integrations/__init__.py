@@ -1,0 +1,1 @@
+"""Artifacts inside other people's programs; each module needs that program installed."""

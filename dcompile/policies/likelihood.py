@@ -1,0 +1,40 @@
+"""likelihood: `threshold` that also tells the log-probability of tokens named by the host, for scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dcompile.policies.base import Choice, Decision, Policy, State
+from dcompile.policies.threshold import sure
+
+
+def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
+    """`told` is ln p of the `wanted` tokens at the candidates, 0 elsewhere."""
+    asked = choice.asked
+    assert asked is not None, "likelihood asks for the wanted tokens"
+    # By the difference of scores, so that no small probability becomes 0.
+    behind = asked.score[:, :, 0] - asked.choice_score
+    confidence = torch.where(choice.candidate, choice.confidence, 1.0)
+    told = torch.where(choice.candidate, behind + confidence.log(), 0.0)
+    state = {"wanted": choice.state["wanted"], "told": told}
+    return Decision(sure(choice.confidence, parameters["threshold"]), state=state)
+
+
+def _asks(current: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    return state["wanted"][:, :, None]
+
+
+def _one(n: int) -> tuple[int, ...]:
+    return (n,)
+
+
+POLICY = Policy(
+    "likelihood",
+    commit,
+    {"threshold": 0.9},
+    state={"wanted": State(_one, torch.int64, reset="request"), "told": State(_one)},
+    asks=_asks,
+)
