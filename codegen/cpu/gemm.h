@@ -49,18 +49,32 @@ template <class T> static inline int64_t row_size(int64_t K) {
     return div_up(K, KC) * Operand<T>::LDA;
 }
 
-// What to fetch while computing: the panel that comes next, a share of it with each tile.
+// What to fetch while computing: the panel that comes next, at two places in turn, since the
+// hardware reads two streams faster than one.  The lines are spread evenly over the time: a burst
+// fills the queue of misses, and then the multiply-adds wait for memory too.
 struct Prefetch {
-    const char *at;
+    const char *at, *other;
     int64_t step;
 };
 
 // ---- C[M, 32] (+)= A[M, kc] B[kc, 32]
 
+// With each 128 bytes of a panel, in each of the passes over it, so that `step` 64 makes two lines.
 static INLINE void fetch(Prefetch &f) {
-    __builtin_prefetch(f.at, 0, 2);
-    __builtin_prefetch(f.at + 64, 0, 2);
-    f.at += f.step;
+    constexpr int passes = PANEL / (2 * VL), lines = passes == 1 ? 2 : 1;
+    for (int i = 0; i < lines; i++) {
+        __builtin_prefetch(f.at, 0, 2);
+        const char *after = f.at + f.step * 2 / (passes * lines);
+        f.at = f.other, f.other = after;
+    }
+}
+
+// sum stays in its register, since x and y are still needed: left alone, the compiler lets a
+// multiply-add overwrite one of its factors, and then moves sums about and spills them.
+static INLINE void hold(vf &sum, vf x, vf y) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    asm("" : "+x"(sum) : "x"(x), "x"(y));
+#endif
 }
 
 // M rows of NV vectors of columns, held in registers.
@@ -84,13 +98,17 @@ template <int M, int NV> struct Tile {
         for (int i = 0; i < M; i++) {
             const vf x = splat(a[i * stride]);
 #pragma GCC unroll 2
-            for (int j = 0; j < NV; j++) c[i][j] = fma(x, b[j], c[i][j]);
+            for (int j = 0; j < NV; j++) {
+                c[i][j] = fma(x, b[j], c[i][j]);
+                hold(c[i][j], x, b[j]);
+            }
         }
     }
 };
 
 template <int M, class T>
-static INLINE void accumulate(Tile<M, 2> &tile, const float *a, const T *b, int64_t kc, Prefetch f) {
+static INLINE void accumulate(Tile<M, 2> &tile, const float *a, const T *b, int64_t kc,
+                              Prefetch &f) {
 #pragma GCC unroll 2
     for (int64_t k = 0; k < kc; k++, b += PANEL) {
         const vf columns[2] = {load(b), load(b + VL)};
@@ -99,15 +117,25 @@ static INLINE void accumulate(Tile<M, 2> &tile, const float *a, const T *b, int6
     }
 }
 
+// The first, the second of VL pairs of bf16, widened.  Loaded vector by vector: an array of them
+// would go through the stack, and wait there (on AVX2 this took four fifths of the time).
+static INLINE vu words(const bf16 *p) {
+    vu w;
+    memcpy(&w, p, sizeof w);
+    return w;
+}
+static INLINE vf low_half(const bf16 *p) { return (vf)(words(p) << 16); }
+static INLINE vf high_half(const bf16 *p) { return (vf)(words(p) & 0xffff0000); }
+
 template <int M>
 static INLINE void accumulate(Tile<M, 2> &tile, const float *a, const bf16 *b, int64_t kc,
-                              Prefetch f) {
+                              Prefetch &f) {
     for (int64_t k = 0; k < kc; k += 2, b += 2 * PANEL) {
-        vu p[2];
-        memcpy(p, b, sizeof p);
-        const vf even[2] = {(vf)(p[0] << 16), (vf)(p[1] << 16)};
-        const vf odd[2] = {(vf)(p[0] & 0xffff0000), (vf)(p[1] & 0xffff0000)};
+        const vf even[2] = {low_half(b), low_half(b + 2 * VL)};
         tile.step(a + k, Operand<float>::LDA, even);
+        // The odd half reads its words anew: kept, they would cost the registers of two sums.
+        asm("" : : : "memory");
+        const vf odd[2] = {high_half(b), high_half(b + 2 * VL)};
         tile.step(a + k + 1, Operand<float>::LDA, odd);
         fetch(f);
     }
@@ -116,7 +144,7 @@ static INLINE void accumulate(Tile<M, 2> &tile, const float *a, const bf16 *b, i
 #if defined(__AVX512BF16__)
 template <int M>
 static INLINE void accumulate(Tile<M, 2> &tile, const bf16 *a, const bf16 *b, int64_t kc,
-                              Prefetch f) {
+                              Prefetch &f) {
 #pragma GCC unroll 2
     for (int64_t k = 0; k < kc; k += 2, b += 2 * PANEL) {
         __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 32);
@@ -135,18 +163,19 @@ static INLINE void accumulate(Tile<M, 2> &tile, const bf16 *a, const bf16 *b, in
 
 template <class T, int M>
 static __attribute__((noinline)) void micro(const typename Operand<T>::A *a, const T *b,
-                                            int64_t kc, float *c, bool add, Prefetch f) {
+                                            int64_t kc, float *c, bool add, Prefetch &f) {
+    Prefetch next = f;  // of its own, so that it stays in registers
     for (int64_t j = 0; j < PANEL; j += 2 * VL) {
         Tile<M, 2> tile;
         tile.clear();
-        accumulate<M>(tile, a, b + j * pairs<T>(), kc, f);
+        accumulate(tile, a, b + j * pairs<T>(), kc, next);
         tile.put(c + j, add);
-        f.step = 0;
     }
+    f = next;
 }
 
 template <class T> struct Micro {
-    typedef void (*Fn)(const typename Operand<T>::A *, const T *, int64_t, float *, bool, Prefetch);
+    typedef void (*Fn)(const typename Operand<T>::A *, const T *, int64_t, float *, bool, Prefetch &);
     static constexpr Fn of[15] = {
         nullptr,      micro<T, 1>,
         micro<T, 2>,  micro<T, 3>,
@@ -170,7 +199,6 @@ static inline void gemm(int64_t m, const typename Operand<T>::A *a, const T *pan
         Micro<T>::of[m](a, panel, kc, c, add, f);
         a += m * Operand<T>::LDA;
         panel += kc * PANEL;
-        f.at += kc * PANEL * sizeof(T) / 128 * f.step;
         add = true;
     }
 }
@@ -212,13 +240,14 @@ template <class T>
 static inline void gemm_panel(const Tiling &tiles, int64_t first, int64_t last,
                               const typename Operand<T>::A *a, const T *panel, const T *next,
                               int64_t K, float *c) {
-    int64_t bytes = panel_size<T>(K) * sizeof(T);
     const char *at = reinterpret_cast<const char *>(next ? next : panel);
+    const int64_t half = panel_size<T>(K) * sizeof(T) / 2;
     for (int64_t t = first; t < last; t++) {
-        int64_t row = tiles.first(t), tile = t - first;
-        Prefetch f{at, 0};
-        if (next && last - first == 1) f.step = 128;
-        if (next && last - first > 1 && tile < 2) f = {at + tile * (bytes / 2), 64};
+        // One tile fetches all of the panel, or the first two half of it each.
+        const int64_t row = tiles.first(t), tile = t - first;
+        const bool alone = last - first == 1, fetches = next && tile < 2;
+        const char *from = at + (fetches ? tile * half : 0);
+        Prefetch f{from, from + (alone ? half : half / 2), fetches ? (alone ? 64 : 32) : 0};
         gemm<T>(tiles.size(t), a + row * row_size<T>(K), panel, K, c + row * PANEL, false, f);
     }
 }
