@@ -74,7 +74,7 @@ def compile_part(checkpoint: Path, artifact: Path) -> dict[str, float]:
 
 def run_part(artifact: Path, threads: int) -> dict[str, float]:
     from dcompile.bench import prepare, step_inputs
-    from dcompile.floor import measure, step_cost
+    from dcompile.floor import measure, step_cost, touched_experts
     from dcompile.runtime.loop import Runner
 
     start = time.perf_counter()
@@ -100,7 +100,9 @@ def run_part(artifact: Path, threads: int) -> dict[str, float]:
         runner.executor.step(inputs)
         samples.append((time.perf_counter() - start) * 1e3)
     machine = measure(torch.bfloat16, threads)
-    floor = sum(c.seconds(machine) for c in step_cost(plan.text, BLOCK, 1, BLOCK, CONTEXT)) * 1e3
+    touched = touched_experts(runner.executor, runner.executor.fill(inputs))
+    costs = step_cost(plan.text, BLOCK, 1, BLOCK, CONTEXT, touched)
+    floor = sum(c.seconds(machine) for c in costs) * 1e3
     forward = statistics.median(samples)
     return {
         "load_s": load,

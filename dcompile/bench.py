@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dcompile.errors import OptionError
-from dcompile.floor import measure, step_cost
+from dcompile.floor import Cost, Machine, measure, step_cost, touched_experts
 from dcompile.options import Options
+from dcompile.runtime.launch import Executor
 from dcompile.runtime.loop import Runner
 
 Step = Callable[[Mapping[str, Tensor]], object]
@@ -41,9 +42,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The launches of one kernel in a step: how many, milliseconds (median), and their floor."""
+
+    kernel: str
+    launches: int
+    median: float
+    floor: float
+
+
+@dataclass(frozen=True)
 class Table:
     rows: list[Row]
+    parts: list[Part]
     floor: float  # milliseconds
+    bandwidth: float  # GB/s
+    rate: float  # GFLOP/s
+    experts: float  # touched, mean of the layers that have them
     context: int
     window: int
     threads: int
@@ -53,7 +68,8 @@ class Table:
         ours = next(r for r in self.rows if r.name == "artifact").median
         lines = [
             f"one forward, {self.window} rows at context {self.context}, {self.dtype}, "
-            f"{self.threads} thread(s); floor {self.floor:.2f} ms",
+            f"{self.threads} thread(s); floor {self.floor:.2f} ms "
+            f"({self.bandwidth:.1f} GB/s, {self.rate:.0f} GFLOP/s, {self.experts:.1f} experts a layer)",
             f"{'':28}{'ms':>9}{'quartiles':>18}{'x floor':>9}{'x artifact':>12}",
         ]
         for r in self.rows:
@@ -61,10 +77,15 @@ class Table:
             lines.append(
                 f"{r.name:28}{r.median:9.2f}{spread:>18}{r.ratio(self.floor):9.2f}{r.ratio(ours):12.2f}"
             )
+        lines.append(f"{'kernel':28}{'ms':>9}{'launches':>18}{'x floor':>9}")
+        for p in self.parts:
+            times = f"{p.median / p.floor:9.2f}" if p.floor else f"{'-':>9}"
+            lines.append(f"{p.kernel:28}{p.median:9.2f}{p.launches:18}{times}")
         return "\n".join(lines) + "\n"
 
     def json(self) -> dict[str, Any]:
-        return {**vars(self), "rows": [vars(r) for r in self.rows]}
+        lists = {"rows": [vars(r) for r in self.rows], "parts": [vars(p) for p in self.parts]}
+        return {**vars(self), **lists}
 
 
 def step_inputs(
@@ -170,11 +191,48 @@ def bench(
         for canvas in canvases:
             prepare(canvas, context, block, model["mask_id"], model["vocab_size"])
 
+    reset()
+    binding = runner.executor.fill(ours)
+    touched = touched_experts(runner.executor, binding)
+    costs = step_cost(plan.text, block, 1, block, context, touched)
     rows = paired(contestants, inputs, reset, rounds)
     machine = measure(getattr(torch, model["dtype"]), threads)
-    costs = step_cost(plan.text, block, 1, block, context)
-    floor = sum(c.seconds(machine) for c in costs) * 1e3
-    return Table(rows, floor, context, block, threads, model["dtype"])
+    return Table(
+        rows=rows,
+        parts=_parts(runner.executor, ours, reset, costs, machine, rounds),
+        floor=sum(c.seconds(machine) for c in costs) * 1e3,
+        bandwidth=machine.bandwidth / 1e9,
+        rate=machine.rate / 1e9,
+        experts=statistics.mean(touched.values()) if touched else 0.0,
+        context=context,
+        window=block,
+        threads=threads,
+        dtype=model["dtype"],
+    )
+
+
+def _parts(
+    executor: Executor,
+    inputs: Mapping[str, Tensor],
+    reset: Callable[[], None],
+    costs: Sequence[Cost],
+    machine: Machine,
+    rounds: int,
+) -> list[Part]:
+    """The step's time by kernel, longest first: medians over rounds of each launch, summed up."""
+    runs = []
+    for _ in range(rounds):
+        reset()
+        runs.append([seconds for _, seconds in executor.time_step(inputs)])
+    medians = [statistics.median(times) * 1e3 for times in zip(*runs, strict=True)]
+    floors = {c.name: c.seconds(machine) * 1e3 for c in costs}
+    sums: dict[str, list[float]] = {}
+    for launch, median in zip(executor.plan.launches, medians, strict=True):
+        part = sums.setdefault(launch.kernel, [0.0, 0.0, 0.0])
+        for i, value in enumerate((1.0, median, floors.get(launch.name, 0.0))):
+            part[i] += value
+    parts = [Part(kernel, int(n), ms, floor) for kernel, (n, ms, floor) in sums.items()]
+    return sorted(parts, key=lambda p: -p.median)
 
 
 def _options(recorded: Mapping[str, Any]) -> dict[str, Any]:

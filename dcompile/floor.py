@@ -1,22 +1,37 @@
-"""What a step must at least read and multiply, launch by launch, and what this machine can do."""
+"""What a step must at least read and multiply, launch by launch, and what this machine can do at best.
+
+The rates are bounds: of a loop that does nothing but read weights, and of one that does nothing but multiply
+and add (`codegen/cpu/probe.h`).  What stays in a cache is not counted: activations, and K/V rows just written.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import ctypes
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
+from dcompile.codegen.cpu.build import build, library_headers, runnable
+from dcompile.errors import BuildError
 from dcompile.ir.sizes import evaluate
+from dcompile.runtime.artifact import cpu_flags
+from dcompile.runtime.launch import Executor
+from dcompile.runtime.state import Binding
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+_BUFFER = 256 << 20  # what is read: more than the last cache
+_PIECE = 16 << 20  # what one timing reads: a few milliseconds, so that a quiet one is found
+_STREAMS = (1, 2, 4, 8)
+_ROUNDS = 20_000  # of the multiply-add probe: about a millisecond
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured rates: bytes a second read from memory, FLOP a second of a large product."""
+    """Measured bounds: bytes a second read from memory, FLOP a second."""
 
     bandwidth: float
     rate: float
@@ -24,71 +39,158 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
+    """What one launch must do; `name` is the launch's, `kernel` without the dtype."""
+
     bytes: float
     flops: float
+    name: str = ""
+    kernel: str = ""
 
     def seconds(self, machine: Machine) -> float:
         return max(self.bytes / machine.bandwidth, self.flops / machine.rate)
 
 
 def measure(dtype: torch.dtype, threads: int) -> Machine:
-    """Best of several runs: large sums and dot products (bandwidth), products of 1024^3 (rate).
+    """The best of many runs of the probes, as vectorised code of the best variant that runs here.
 
-    The rate is the better of `dtype` and float32: a kernel may widen, and on some machines wins by it.
+    The rate is float32's, or that of bf16 pairs where `dtype` is bfloat16 and it is higher: wherever else a
+    kernel widens, and with enough rows that costs nothing.  Raises BuildError without a C++ compiler.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        one, two = torch.ones(64 << 20), torch.ones(64 << 20)
-        size = one.numel() * 4
-        read = max(
-            size / _best(lambda: one.sum(), 5), 2 * size / _best(lambda: torch.dot(one, two), 5)
-        )
-        rates = []
-        for kind in {dtype, torch.float32}:
-            a, b = (torch.randn(1024, 1024).to(kind) for _ in range(2))
-            rates.append(2 * 1024**3 / _best(lambda a=a, b=b: a @ b, 9))
-        return Machine(read, max(rates))
-    finally:
-        torch.set_num_threads(before)
+    probe = _probes()
+    weights = torch.zeros(_BUFFER, dtype=torch.uint8)
+    pieces = range(0, _BUFFER, _PIECE)
+    reads = [
+        probe.seconds("probe_read", weights.data_ptr() + at, _PIECE, streams, threads)
+        for streams in _STREAMS
+        for at in (*pieces, *pieces)
+    ]
+    kinds = {"probe_rate": 1}
+    if dtype == torch.bfloat16 and probe.has("probe_pairs"):
+        kinds["probe_pairs"] = 2
+    ones = torch.ones(64)
+    flops = probe.round_flops() * _ROUNDS * threads
+    rates = [
+        factor * flops / probe.seconds(name, ones.data_ptr(), _ROUNDS, threads)
+        for name, factor in kinds.items()
+        for _ in range(60)
+    ]
+    return Machine(_PIECE / min(reads), max(rates))
 
 
-def _best(call, times: int) -> float:  # type: ignore[no-untyped-def]
-    call()
-    out = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        out.append(time.perf_counter() - start)
-    return min(out)
+class _Probes:
+    """The compiled probes."""
+
+    def __init__(self, code: bytes) -> None:
+        with tempfile.NamedTemporaryFile(suffix=".so") as file:
+            file.write(code)
+            file.flush()
+            self._library = ctypes.CDLL(file.name)
+
+    def has(self, name: str) -> bool:
+        return hasattr(self._library, name)
+
+    def seconds(self, name: str, *values: int) -> float:
+        out = ctypes.c_double()
+        self._call(name, ctypes.addressof(out), *values)
+        return out.value
+
+    def round_flops(self) -> int:
+        out = ctypes.c_int64()
+        self._call("probe_round_flops", ctypes.addressof(out))
+        return out.value
+
+    def _call(self, name: str, *values: int) -> None:
+        self._library[name]((ctypes.c_int64 * len(values))(*values))
 
 
-def step_cost(plan: Mapping[str, Any], R: int, B: int, live: int, keys: int) -> list[Cost]:
+@cache
+def _probes() -> _Probes:
+    isas = runnable(tuple(cpu_flags()))
+    if not isas:
+        raise BuildError("no variant of the probes runs on this processor")
+    sources = {"probe.cpp": '#include "probe.h"\n', **library_headers()}
+    return _Probes(build(sources, isas[:1])[isas[0]])
+
+
+def touched_experts(executor: Executor, binding: Binding) -> dict[str, int]:
+    """How many experts each `moe_ffn` of one step reads, by launch name; the step is run for it."""
+    counts, at = {}, 0
+    for index, launch in enumerate(executor.plan.launches):
+        if not (launch.native and launch.kernel.startswith("moe_ffn_")):
+            continue
+        executor.launch(binding, part=(at, index))
+        at = index
+        counts[launch.name] = len(set(binding.tensor(launch.args[3]["b"]).flatten().tolist()))
+    executor.launch(binding, part=(at, len(executor.plan.launches)))
+    return counts
+
+
+def step_cost(
+    plan: Mapping[str, Any],
+    R: int,
+    B: int,
+    live: int,
+    keys: int,
+    touched: Mapping[str, int] | None = None,
+) -> list[Cost]:
     """Cost of each native launch with a weight or a cache in it, for R rows and `live` candidates.
 
-    `keys` is how many keys a row attends to.  Experts touched are those of uniform routing,
-    E (1 - (1 - k / E)^R): a skewed router reads less.
+    `keys` is how many keys a row attends to, `touched` the experts that each moe_ffn read in a run
+    (`touched_experts`).  Without it they are what uniform routing reads, E (1 - (1 - k / E)^R): for plans that
+    have not run; a real router reads fewer.
     """
     out = []
     for launch in plan["launches"]:
         if launch["where"] != "native":
             continue
         family, _, end = launch["kernel"].rpartition("_")
+        counter = _COUNTERS.get(family)
+        if counter is None:
+            continue
         sizes = [evaluate(a["i"], {"R": R, "B": B}) for a in launch["args"] if "i" in a]
-        size = BYTES.get(end, 4)
-        if family == "linear":
-            rows, n, k = sizes
-            out.append(Cost(size * (n * k + rows * (n + k)), 2 * rows * n * k))
-        elif family == "moe_ffn":
-            rows, d, f, experts, k, _ = sizes
-            touched = experts * (1 - (1 - k / experts) ** rows)
-            out.append(Cost(size * (touched * 3 * d * f + 2 * rows * d), 6 * rows * k * d * f))
-        elif family in ("vocab_choice", "vocab_choice_asked"):
-            _, _, v, d, *_ = sizes
-            out.append(Cost(size * (v * d + live * d), 2 * live * v * d))
-        elif family == "attend":
-            rows, heads, groups, d, _ = sizes
-            sequences = max(B, 1)
-            cache = 2 * sequences * keys * groups * d * size
-            out.append(Cost(cache + 2 * rows * heads * d * size, 4 * rows * heads * d * keys))
+        moved, flops = counter(sizes, _Step(B, live, keys, (touched or {}).get(launch["name"])))
+        out.append(Cost(moved * BYTES.get(end, 4), flops, launch["name"], family))
     return out
+
+
+@dataclass(frozen=True)
+class _Step:
+    sequences: int
+    live: int
+    keys: int
+    touched: int | None
+
+
+# Elements of weights and caches read, and FLOP, of a launch with these sizes.
+_Counter = Callable[[list[int], _Step], tuple[float, float]]
+
+
+def _linear(sizes: list[int], step: _Step) -> tuple[float, float]:
+    rows, n, k = sizes
+    return n * k, 2 * rows * n * k
+
+
+def _moe_ffn(sizes: list[int], step: _Step) -> tuple[float, float]:
+    rows, d, f, experts, k, _ = sizes
+    touched = experts * (1 - (1 - k / experts) ** rows) if step.touched is None else step.touched
+    return touched * 3 * d * f, 6 * rows * k * d * f
+
+
+def _vocab_choice(sizes: list[int], step: _Step) -> tuple[float, float]:
+    _, _, v, d, *_ = sizes
+    return v * d, 2 * step.live * v * d
+
+
+def _attend(sizes: list[int], step: _Step) -> tuple[float, float]:
+    rows, heads, groups, d, _ = sizes
+    kept = max(0, step.keys * max(step.sequences, 1) - rows)  # the rows' own were written just now
+    return 2 * kept * groups * d, 4 * rows * heads * d * step.keys
+
+
+_COUNTERS: Mapping[str, _Counter] = {
+    "linear": _linear,
+    "moe_ffn": _moe_ffn,
+    "vocab_choice": _vocab_choice,
+    "vocab_choice_asked": _vocab_choice,
+    "attend": _attend,
+}

@@ -119,19 +119,20 @@ class Executor:
 
     def step(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Run one iteration; what it returns is overwritten by the next one."""
-        binding = self._fill(inputs)
+        binding = self.fill(inputs)
         self.launch(binding)
         return binding.outputs
 
     def time_step(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, float]]:
         """Run one iteration and return each launch's name and seconds."""
-        binding = self._fill(inputs)
+        binding = self.fill(inputs)
         seconds = np.zeros(len(self.plan.launches))
         self.launch(binding, seconds)
         names = [launch.name for launch in self.plan.launches]
         return list(zip(names, seconds.tolist(), strict=True))
 
-    def _fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
+    def fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
+        """The buffers for these inputs, with their values in them."""
         binding = self.bind(len(inputs["row_seq"]), len(inputs["block_seq"]))
         for name, target in binding.inputs.items():
             if inputs[name].shape != target.shape:

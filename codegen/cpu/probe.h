@@ -56,10 +56,9 @@ DC_EXPORT void probe_rate(const Arg *a) {
         const vf by = load(sums), plus = by;
         vf c[CHAINS];
         for (int j = 0; j < CHAINS; j++) c[j] = by;
-        for (int64_t i = 0; i < a[2].i; i++) {
+        for (int64_t i = a[2].i; i; i--) {
 #pragma GCC unroll 12
             for (int j = 0; j < CHAINS; j++) c[j] = fma(c[j], by, plus);
-            asm("" : : : "memory");
         }
         for (int j = 1; j < CHAINS; j++) c[0] += c[j];
         volatile float sink = hsum(c[0]);
@@ -74,10 +73,9 @@ DC_EXPORT void probe_pairs(const Arg *a) {
         const __m512bh x = (__m512bh)load(sums);
         __m512 c[CHAINS];
         for (int j = 0; j < CHAINS; j++) c[j] = (__m512)load(sums);
-        for (int64_t i = 0; i < a[2].i; i++) {
+        for (int64_t i = a[2].i; i; i--) {
 #pragma GCC unroll 12
             for (int j = 0; j < CHAINS; j++) c[j] = _mm512_dpbf16_ps(c[j], x, x);
-            asm("" : : : "memory");
         }
         for (int j = 1; j < CHAINS; j++) c[0] += c[j];
         volatile float sink = hsum((vf)c[0]);

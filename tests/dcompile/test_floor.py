@@ -1,0 +1,112 @@
+"""The floor is one: no launch is faster than it; and experts are counted from the run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from native import Library, pack_args
+
+from dcompile.bench import bench, prepare, step_inputs
+from dcompile.codegen.cpu import build, pack
+from dcompile.driver import compile_checkpoint
+from dcompile.floor import Cost, Machine, measure, step_cost, touched_experts
+from dcompile.options import Options
+from dcompile.profile.watch import Observer
+from dcompile.runtime.artifact import cpu_flags
+from dcompile.runtime.loop import Runner
+
+NOISE = 1.15  # a bound measured beside other work may itself be a little low
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    isa = build.runnable(tuple(cpu_flags()))[0]
+    library = Library(build.build_library([isa])[isa])
+    library.set_threads(1)
+    return library
+
+
+def best_seconds(library: Library, rows: int, n: int, k: int, dtype: torch.dtype) -> float:
+    """The fastest of many runs of a product whose weights are larger than the caches near a core."""
+    x, w = torch.ones(rows, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
+    y, packed = torch.empty(rows, n, dtype=dtype), pack.pack_linear(w)
+    args = pack_args([y, x, packed, None, None, rows, n, k])
+    kernel = library.kernel({torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}[dtype])
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        kernel(args)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_product_beats_the_rate(library: Library, dtype: torch.dtype) -> None:
+    """Weights from memory or not: so many multiply-adds take at least so long."""
+    machine = measure(dtype, 1)
+    rows, n, k = 48, 512, 512
+    floor = 2 * rows * n * k / machine.rate
+    assert floor <= NOISE * best_seconds(library, rows, n, k, dtype)
+
+
+def test_no_reading_beats_the_bandwidth(library: Library) -> None:
+    """One row of a weight that no cache near a core holds: its time is that of reading it."""
+    machine = measure(torch.bfloat16, 1)
+    n, k = 1 << 16, 1024
+    floor = 2 * n * k / machine.bandwidth
+    assert floor <= NOISE * best_seconds(library, 1, n, k, torch.bfloat16)
+
+
+def test_a_launch_is_bound_by_the_slower_of_both() -> None:
+    machine = Machine(bandwidth=10.0, rate=100.0)
+    assert Cost(bytes=50, flops=10).seconds(machine) == 5.0
+    assert Cost(bytes=5, flops=1000).seconds(machine) == 10.0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("floor")
+    folder = write_checkpoint(root / "checkpoint", "llada_moe")
+    options = Options(max_length=32, block_length=8, cache="dual")
+    return folder, compile_checkpoint(folder, options, root / "model.dcx")
+
+
+def test_experts_are_counted_from_the_run(made: tuple[Path, Path]) -> None:
+    """The same numbers as one who looks on sees, and the floor counts their bytes."""
+    runner = Runner.load(made[1])
+    executor, manifest = runner.executor, runner.artifact.manifest
+    model = manifest["model"]
+    inputs = step_inputs(list(executor.plan.inputs), 32, 8, 8, manifest["policy"]["parameters"])
+    binding = executor.fill(inputs)
+    canvas = executor.state["canvas"]
+    prepare(canvas, 32, 8, model["mask_id"], model["vocab_size"])
+    touched = touched_experts(executor, binding)
+    layers = {
+        index: launch.args[3]["b"]
+        for index, launch in enumerate(executor.plan.launches)
+        if launch.kernel.startswith("moe_ffn_")
+    }
+    observer = Observer(executor, layers)
+    prepare(canvas, 32, 8, model["mask_id"], model["vocab_size"])
+    observer.launch(binding, {})
+    (seen,) = observer.iterations
+    assert touched and list(touched.values()) == [len(set(seen.probes[i].flat)) for i in layers]
+    costs = step_cost(executor.plan.text, 8, 1, 8, 32, touched)
+    fewer = step_cost(executor.plan.text, 8, 1, 8, 32, {name: 1 for name in touched})
+    for all_of, one in zip(costs, fewer, strict=True):
+        assert all_of.bytes == one.bytes * touched.get(all_of.name, 1)
+
+
+def test_the_table_has_every_contestant_and_kernel(made: tuple[Path, Path]) -> None:
+    folder, artifact = made
+    table = bench(artifact, ["eager"], folder, rounds=2, threads=1)
+    assert [row.name for row in table.rows] == ["artifact", "eager"]
+    runner = Runner.load(artifact)
+    assert {p.kernel for p in table.parts} == {n.kernel for n in runner.executor.plan.launches}
+    assert sum(p.launches for p in table.parts) == len(runner.executor.plan.launches)
+    assert sum(p.floor for p in table.parts) == pytest.approx(table.floor)
+    assert "x floor" in table.text() and table.json()["rows"][1]["name"] == "eager"
