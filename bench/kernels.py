@@ -1,10 +1,10 @@
 """Kernel times against the machine's floor and against torch, side by side in one process.
 
-    python bench/kernels.py [--threads 1 2] [--rows 8 32 64] [--only moe] [--json FILE]
+    python bench/kernels.py [--threads 1 2] [--rows 8 32 64] [--only moe] [--contexts 128 8192] [--json FILE]
 
-The floor of a call is max(bytes / bandwidth, multiply-adds / rate), both measured here just before;
-weights are rotated through copies larger than the caches; kernel and torch take turns, and the
-medians stand in the table.
+The floor of a call is max(bytes / bandwidth, FLOPs / rate) by the probes of dcompile/floor.py, measured
+here just before; weights are rotated through copies larger than the caches; kernel and torch take turns,
+and the medians stand in the table, with the quartiles of the kernel's times.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "suppo
 from native import Library, Value, pack_args
 
 from dcompile.codegen.cpu import build, pack
+from dcompile.floor import Machine, measure
+from dcompile.runtime.artifact import cpu_flags
 
 TYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 ROTATED_BYTES = 600e6  # larger than the last cache; the copies of a case together have this size
@@ -51,12 +54,6 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class Machine:
-    bandwidth: float  # bytes a second, read
-    rates: dict[str, float]  # multiply-adds a second by dtype
-
-
-@dataclass(frozen=True)
 class Case:
     """A kernel with its arguments, one list for each copy of the weights, and torch's way."""
 
@@ -76,37 +73,16 @@ class Result:
     rows: int
     name: str
     seconds: float
+    low: float
+    high: float
     torch_seconds: float
     floor: float
-    note: str = ""
-
-
-# ---- the machine
 
 
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def measure(lib: Library) -> Machine:
-    """The best of several: what the machine can do, not what its neighbours left over."""
-    big = torch.ones(int(1e8))
-    bandwidth = big.nbytes / min(seconds(big.sum) for _ in range(7))
-    return Machine(bandwidth, {t: peak_rate(lib, t) for t in TYPES})
-
-
-def peak_rate(lib: Library, t: str) -> float:
-    """The kernel library's or torch's best large product, whichever is faster."""
-    R, N, K = 448, 1024, 512
-    x, w = torch.randn(R, K).to(TYPES[t]), torch.randn(N, K).to(TYPES[t])
-    y, packed = torch.empty(R, N, dtype=TYPES[t]), pack.pack_linear(w)
-    args = pack_args([y, x, packed, None, None, R, N, K])
-    kernel = lib.kernel(f"linear_{t}")
-    ours = min(seconds(lambda: kernel(args)) for _ in range(20))
-    theirs = min(seconds(lambda: F.linear(x, w)) for _ in range(20))
-    return R * N * K / min(ours, theirs)
 
 
 def copies(nbytes: float) -> int:
@@ -170,8 +146,8 @@ def moe(m: Model, R: int, t: str, touched: int | None = None) -> Case:
     )
 
 
-def attend(m: Model, R: int, t: str) -> Case:
-    H, D, L = m.heads, m.head_size, m.context
+def attend(m: Model, R: int, t: str, context: int | None = None) -> Case:
+    H, D, L = m.heads, m.head_size, context or m.context
     size = TYPES[t].itemsize
     n = copies(2 * L * H * D * size)
     q, o = torch.randn(R, H, D).to(TYPES[t]), torch.empty(R, H, D, dtype=TYPES[t])
@@ -269,8 +245,8 @@ CASES: list[Callable[[Model, int, str], Case]] = [
 # ---- timing
 
 
-def compare(lib: Library, case: Case, budget: float) -> tuple[float, float]:
-    """Median seconds of the kernel and of torch, taking turns."""
+def compare(lib: Library, case: Case, budget: float) -> tuple[list[float], float]:
+    """Quartiles of the kernel's seconds and torch's median, taking turns."""
     kernel = lib.kernel(case.kernel)
     calls = [pack_args(values) for values in case.calls]
     kernel(calls[0]), case.eager(0)
@@ -284,17 +260,17 @@ def compare(lib: Library, case: Case, budget: float) -> tuple[float, float]:
         j = (turn + len(calls) // 2) % len(calls)
         theirs.append(seconds(lambda: case.eager(j)))  # noqa: B023
         turn += 1
-    return statistics.median(ours), statistics.median(theirs)
+    return statistics.quantiles(ours, n=4), statistics.median(theirs)
 
 
-def floor(case: Case, t: str, machine: Machine) -> float:
-    return max(case.bytes / machine.bandwidth, case.macs / machine.rates[t])
+def floor(case: Case, machine: Machine) -> float:
+    return max(case.bytes / machine.bandwidth, 2 * case.macs / machine.rate)
 
 
 def experts_line(lib: Library, m: Model, t: str, budget: float) -> str:
     """moe_ffn's time over the number of experts touched, 32 rows, and the line through it."""
     counts = [c for c in (m.chosen, m.experts // 4, m.experts // 2, m.experts) if c >= m.chosen]
-    times = [compare(lib, moe(m, 32, t, c), budget)[0] * 1e3 for c in counts]
+    times = [compare(lib, moe(m, 32, t, c), budget)[0][1] * 1e3 for c in counts]
     points = torch.tensor(counts, dtype=torch.double)
     system = torch.stack([points, torch.ones_like(points)], 1)
     slope, start = torch.linalg.lstsq(system, torch.tensor(times)[:, None].double()).solution
@@ -309,61 +285,68 @@ def experts_line(lib: Library, m: Model, t: str, budget: float) -> str:
 
 def table(results: list[Result]) -> Table:
     out = Table("model", "dtype", "threads", "rows", "kernel", title="median times")
-    for title in ("us", "floor us", "% of floor", "torch us", "x torch"):
+    for title in ("us", "quartiles", "floor us", "x floor", "torch us", "x torch"):
         out.add_column(title, justify="right")
     for r in results:
         out.add_row(
             *(r.model, r.dtype, str(r.threads), str(r.rows), r.name),
-            *(f"{r.seconds * 1e6:.0f}", f"{r.floor * 1e6:.0f}", f"{100 * r.floor / r.seconds:.0f}"),
+            *(f"{r.seconds * 1e6:.0f}", f"{r.low * 1e6:.0f}..{r.high * 1e6:.0f}"),
+            *(f"{r.floor * 1e6:.0f}", f"{r.seconds / r.floor:.2f}"),
             *(f"{r.torch_seconds * 1e6:.0f}", f"{r.torch_seconds / r.seconds:.2f}"),
         )
     return out
 
 
+def cases(name: str, t: str, given: argparse.Namespace) -> Iterator[tuple[int, Case]]:
+    """What the options ask for, made one after the other from the same seed."""
+    for make in CASES:
+        probe = make.__name__ if make.__name__ != "<lambda>" else "vocab noisy"
+        if given.only not in probe:
+            continue
+        for rows in given.rows:
+            torch.manual_seed(0)
+            yield rows, make(MODELS[name], rows, t)
+            for context in given.contexts if make is attend else ():
+                yield rows, attend(MODELS[name], rows, t, context)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[], help="more, for attend")
     parser.add_argument("--models", nargs="+", default=["mid"], choices=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=list(TYPES), choices=TYPES)
     parser.add_argument("--only", default="", help="part of a kernel's name")
     parser.add_argument("--isa", help="variant; the best that runs here unless given")
     parser.add_argument("--budget", type=float, default=0.5, help="seconds a case")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    given = parser.parse_args()
 
-    console = Console(width=120)
-    flags = next(s for s in Path("/proc/cpuinfo").read_text().splitlines() if s[:5] == "flags")
-    isa = options.isa or build.runnable(flags.split())[0]
+    console = Console(width=130)
+    isa = given.isa or build.runnable(tuple(cpu_flags()))[0]
     lib = Library(build.build_library([isa])[isa])
     results: list[Result] = []
     lines: list[str] = []
-    for threads in options.threads:
+    for threads in given.threads:
         lib.set_threads(threads)
         torch.set_num_threads(threads)
-        machine = measure(lib)
-        rates = ", ".join(f"{t} {2e-9 * rate:.0f} GFLOP/s" for t, rate in machine.rates.items())
-        lines.append(f"{isa}, threads {threads}: {machine.bandwidth / 1e9:.1f} GB/s, {rates}")
-        for name in options.models:
-            for t in options.dtypes:
-                for make in CASES:
-                    for rows in options.rows:
-                        torch.manual_seed(0)
-                        probe = make.__name__ if make.__name__ != "<lambda>" else "vocab noisy"
-                        if options.only not in probe:
-                            continue
-                        case = make(MODELS[name], rows, t)
-                        ours, theirs = compare(lib, case, options.budget)
-                        at = floor(case, t, machine)
-                        results.append(Result(name, t, threads, rows, case.name, ours, theirs, at))
-                if options.only in "moe_ffn":
-                    lines.append(experts_line(lib, MODELS[name], t, options.budget))
+        for name, t in product(given.models, given.dtypes):
+            machine = measure(TYPES[t], threads)
+            speed = f"{machine.bandwidth / 1e9:.1f} GB/s, {machine.rate / 1e9:.0f} GFLOP/s"
+            lines.append(f"{isa}, {t}, threads {threads}: {speed}")
+            for rows, case in cases(name, t, given):
+                (low, median, high), theirs = compare(lib, case, given.budget)
+                times = (median, low, high, theirs, floor(case, machine))
+                results.append(Result(name, t, threads, rows, case.name, *times))
+            if given.only in "moe_ffn":
+                lines.append(experts_line(lib, MODELS[name], t, given.budget))
     console.print(table(results))
     for line in lines:
         console.print(line, soft_wrap=True)
-    if options.json:
+    if given.json:
         report = {"lines": lines, "results": [asdict(r) for r in results]}
-        options.json.write_text(json.dumps(report, indent=1))
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

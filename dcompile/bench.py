@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dcompile.errors import OptionError
-from dcompile.floor import Cost, Machine, measure, step_cost, touched_experts
+from dcompile.floor import LaunchCost, Machine, measure, step_cost, touched_experts
 from dcompile.options import Options
 from dcompile.runtime.launch import Executor
 from dcompile.runtime.loop import Runner
@@ -215,7 +215,7 @@ def _parts(
     executor: Executor,
     inputs: Mapping[str, Tensor],
     reset: Callable[[], None],
-    costs: Sequence[Cost],
+    costs: Sequence[LaunchCost],
     machine: Machine,
     rounds: int,
 ) -> list[Part]:

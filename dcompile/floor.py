@@ -39,15 +39,20 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one launch must do; `name` is the launch's, `kernel` without the dtype."""
+    """What one launch must do."""
 
     bytes: float
     flops: float
-    name: str = ""
-    kernel: str = ""
 
     def seconds(self, machine: Machine) -> float:
         return max(self.bytes / machine.bandwidth, self.flops / machine.rate)
+
+
+@dataclass(frozen=True)
+class LaunchCost(Cost):
+    """The same with the launch's name."""
+
+    name: str
 
 
 def measure(dtype: torch.dtype, threads: int) -> Machine:
@@ -132,7 +137,7 @@ def step_cost(
     live: int,
     keys: int,
     touched: Mapping[str, int] | None = None,
-) -> list[Cost]:
+) -> list[LaunchCost]:
     """Cost of each native launch with a weight or a cache in it, for R rows and `live` candidates.
 
     `keys` is how many keys a row attends to, `touched` the experts that each moe_ffn read in a run
@@ -149,7 +154,7 @@ def step_cost(
             continue
         sizes = [evaluate(a["i"], {"R": R, "B": B}) for a in launch["args"] if "i" in a]
         moved, flops = counter(sizes, _Step(B, live, keys, (touched or {}).get(launch["name"])))
-        out.append(Cost(moved * BYTES.get(end, 4), flops, launch["name"], family))
+        out.append(LaunchCost(moved * BYTES.get(end, 4), flops, launch["name"]))
     return out
 
 

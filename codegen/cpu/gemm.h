@@ -49,11 +49,11 @@ template <class T> static inline int64_t row_size(int64_t K) {
     return div_up(K, KC) * Operand<T>::LDA;
 }
 
-// What to fetch while computing: the panel that comes next, at two places in turn, since the
-// hardware reads two streams faster than one.  The lines are spread evenly over the time: a burst
-// fills the queue of misses, and then the multiply-adds wait for memory too.
+// What to fetch while computing: the panel that comes next, at four places in turn, since the
+// hardware reads several streams faster than one.  The lines are spread evenly over the time: a
+// burst fills the queue of misses, and then the multiply-adds wait for memory too.
 struct Prefetch {
-    const char *at, *other;
+    const char *at, *other, *third, *fourth;
     int64_t step;
 };
 
@@ -65,7 +65,7 @@ static INLINE void fetch(Prefetch &f) {
     for (int i = 0; i < lines; i++) {
         __builtin_prefetch(f.at, 0, 2);
         const char *after = f.at + f.step * 2 / (passes * lines);
-        f.at = f.other, f.other = after;
+        f.at = f.other, f.other = f.third, f.third = f.fourth, f.fourth = after;
     }
 }
 
@@ -81,12 +81,17 @@ static INLINE void hold(vf &sum, vf x, vf y) {
 template <int M, int NV> struct Tile {
     vf c[M][NV];
 
+    // All loops are unrolled, or the sums would live in memory.
     INLINE void clear() {
+#pragma GCC unroll 16
         for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
             for (int j = 0; j < NV; j++) c[i][j] = vf{};
     }
     INLINE void put(float *out, bool add) {
+#pragma GCC unroll 16
         for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
             for (int j = 0; j < NV; j++) {
                 float *p = out + i * PANEL + j * VL;
                 store(p, add ? load(p) + c[i][j] : c[i][j]);
@@ -247,7 +252,9 @@ static inline void gemm_panel(const Tiling &tiles, int64_t first, int64_t last,
         const int64_t row = tiles.first(t), tile = t - first;
         const bool alone = last - first == 1, fetches = next && tile < 2;
         const char *from = at + (fetches ? tile * half : 0);
-        Prefetch f{from, from + (alone ? half : half / 2), fetches ? (alone ? 64 : 32) : 0};
+        const int64_t part = alone ? half / 2 : half / 4;
+        Prefetch f{from, from + part, from + 2 * part, from + 3 * part, 0};
+        if (fetches) f.step = alone ? 64 : 32;
         gemm<T>(tiles.size(t), a + row * row_size<T>(K), panel, K, c + row * PANEL, false, f);
     }
 }
