@@ -241,11 +241,33 @@ def calibrate(
 def explain(
     artifact: _ArtifactPath,
     pass_name: Annotated[str | None, typer.Argument(metavar="[PASS]")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--remarks", metavar="missed|passed|all", help="What was fused, what not."),
+    ] = None,
+    graph: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the graph (after PASS); or .dot.")
+    ] = None,
+    times: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="Run the passes again and time them.")
+    ] = None,
 ) -> None:
-    """Show the stages and kernels of an artifact, or what one pass changed."""
+    """Show the passes and kernels of an artifact, or what one pass changed."""
     from dcompile.explain import explain as explain_artifact
+    from dcompile.explain import pass_times, remarks, show
 
-    typer.echo(explain_artifact(artifact, pass_name), nl=False)
+    if graph is not None:
+        from dcompile.drawing import draw
+        from dcompile.explain import stage_after
+        from dcompile.runtime.artifact import open_artifact
+
+        draw(stage_after(open_artifact(artifact, verify=False), pass_name), graph)
+    elif kind is not None:
+        typer.echo(remarks(artifact, kind, pass_name), nl=False)
+    elif times is not None:
+        typer.echo(pass_times(artifact, times), nl=False)
+    else:
+        show(explain_artifact(artifact, pass_name))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from dcompile.frontends.base import ModelSpec
 from dcompile.ir.program import Program, StepShape
 from dcompile.ir.show import show
 from dcompile.ir.weights import Read, Recipe, Source
-from dcompile.options import Options
+from dcompile.options import Options, WatchedOptions
 from dcompile.pipeline import Record, run
 from dcompile.policies import Policy, find_policy
 from dcompile.repeat import Run, runs_of
@@ -33,6 +33,7 @@ from dcompile.trace import Traced, fake_weights, trace
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
+Chosen = TypeVar("Chosen", bound=Options)
 DEFAULT_LENGTH = 2048
 
 
@@ -53,6 +54,7 @@ def compile_checkpoint(
     path: str | Path, options: Options, out: Path, progress: Progress = log.info
 ) -> Path:
     """Compile a checkpoint (folder, model.pt, model.pt2) into the artifact `out`."""
+    options = WatchedOptions.of(options)
     return _compile(open_origin(Path(path), options), options, out, progress)
 
 
@@ -60,6 +62,7 @@ def compile_module(
     module: nn.Module, options: Options, out: Path, progress: Progress = log.info
 ) -> Path:
     """Compile a user's own module `ids i64 [B, T] -> logits [B, T, V]`."""
+    options = WatchedOptions.of(options)
     return _compile(_of_module(module, options), options, out, progress)
 
 
@@ -90,7 +93,7 @@ def _compile_any(model: nn.Module | str | Path, options: Options, out: Path) -> 
     return compile_checkpoint(model, options, out)
 
 
-def _compile(origin: Origin, options: Options, out: Path, progress: Progress) -> Path:
+def _compile(origin: Origin, options: WatchedOptions, out: Path, progress: Progress) -> Path:
     options.validate()
     options = settle(options, origin.spec)
     torch_dtype = getattr(torch, options.dtype)
@@ -108,16 +111,19 @@ def _compile(origin: Origin, options: Options, out: Path, progress: Progress) ->
         writer.add_bytes("plan.json", _json(lowered.plan))
         for name, text in _texts(program, lowered, traced, records).items():
             writer.add_bytes(name, text.encode())
+        manifest = _manifest(origin, options, program, kernels)
+        notes = {"remarks": [vars(r) for r in program.remarks], "unread": options.unread}
+        writer.add_bytes("remarks.json", _json(notes))
         for name, data in kernels.items():
             writer.add_bytes(name, data)
         for name, data in origin.tokenizer.items():
             writer.add_bytes(f"tokenizer/{name}", data)
         writer.add_weights(stored_tensors(program, lowered, origin.read))
-        writer.finish(_manifest(origin, options, program, kernels))
+        writer.finish(manifest)
     return out
 
 
-def settle(options: Options, spec: ModelSpec) -> Options:
+def settle(options: Chosen, spec: ModelSpec) -> Chosen:
     """Fill what the user left open from the family's defaults; raises OptionError on contradiction."""
     given = spec.defaults
     block = options.block_length or int(given.get("block_length", 32))  # type: ignore[call-overload]
@@ -143,8 +149,7 @@ def settle(options: Options, spec: ModelSpec) -> Options:
     dtype = options.dtype
     if dtype == "auto":
         dtype = str(spec.dtype).removeprefix("torch.")
-    return replace(
-        options,
+    return options.changed(
         target="cpu",
         dtype=dtype,
         block_length=block,

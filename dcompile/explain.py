@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import json
+import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
 
 from dcompile.codegen.lower import Lowered
-from dcompile.errors import OptionError
+from dcompile.errors import ArtifactError, OptionError
 from dcompile.ir.program import Program
-from dcompile.pipeline import Record
+from dcompile.options import Options
+from dcompile.pipeline import Record, run
+from dcompile.profile.sources import source_of
 from dcompile.runtime.artifact import Artifact, open_artifact
+from dcompile.runtime.caches import cache_policy
+
+REMARKS = ("missed", "passed", "all")
+REMARKS_FILE = "remarks.json"
+READ_AT_LOAD = ("target", "threads")
 
 
 def report(program: Program, lowered: Lowered, records: list[Record]) -> str:
@@ -31,9 +47,9 @@ def report(program: Program, lowered: Lowered, records: list[Record]) -> str:
     )
     lines.append(f"regions   {len(lowered.plan['regions'])}")
     lines.append(f"slots     {lowered.plan['slots']} for {_slot_values(lowered)} values")
-    if program.remarks:
+    if missed := [r for r in program.remarks if r.kind == "missed"]:
         lines += ["", "not done"]
-        lines += [f"{r.pass_name}  {r.where}: {r.text}" for r in program.remarks]
+        lines += [f"{r.pass_name}  {r.where}: {r.text}" for r in missed]
     return "\n".join(lines) + "\n"
 
 
@@ -44,17 +60,104 @@ def _slot_values(lowered: Lowered) -> int:
 def explain(path: str | Path, pass_name: str | None = None) -> str:
     """The report of an artifact; with a pass, what it changed as a unified diff."""
     artifact = open_artifact(Path(path), verify=False)
-    stages = [name for name in artifact.names if name.startswith("stages/")]
+    stages = stages_of(artifact)
     if pass_name is None:
         names = ", ".join(_pass_of(s) for s in stages)
-        return artifact.text("report.txt") + f"\nstages    {names}\n"
+        sections = [artifact.text("report.txt"), kernel_table(artifact), _unread(artifact)]
+        return "\n".join([*(s for s in sections if s), f"stages    {names}\n"])
+    return "".join(_diff(artifact, stages, i) for i in _sites(stages, pass_name))
+
+
+def stages_of(artifact: Artifact) -> list[str]:
+    """The files that hold the program as traced and after each pass that changed it."""
+    return [name for name in artifact.names if name.startswith("stages/")]
+
+
+def stage_after(artifact: Artifact, pass_name: str | None) -> str:
+    """The program after a pass (its last run), or after all."""
+    stages = stages_of(artifact)
+    at = _sites(stages, pass_name)[-1] if pass_name is not None else len(stages) - 1
+    return artifact.text(stages[at])
+
+
+def _sites(stages: list[str], pass_name: str) -> list[int]:
     sites = [i for i, s in enumerate(stages) if _pass_of(s) == pass_name]
     if not sites:
         raise OptionError(
             f"no pass named {pass_name!r} changed this program",
             remedy=f"one of {', '.join(dict.fromkeys(_pass_of(s) for s in stages[1:]))}",
         )
-    return "".join(_diff(artifact, stages, i) for i in sites)
+    return sites
+
+
+def kernel_table(artifact: Artifact) -> str:
+    """Each kernel with its launches, the roles that it plays, and where its source is."""
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for launch in artifact.plan.text["launches"]:
+        grouped.setdefault(launch["kernel"], []).append(launch)
+    lines = [f"{'kernel':32}{'launches':>9}  {'source':32}roles"]
+    for kernel, launches in sorted(grouped.items(), key=lambda item: -len(item[1])):
+        roles = ", ".join(dict.fromkeys(launch.get("role") or kernel for launch in launches))
+        source = source_of(artifact, kernel)
+        file = source.file if source is not None else "torch"
+        lines.append(f"{kernel:32}{len(launches):9}  {file:32}{roles}")
+    return "\n".join(lines) + "\n"
+
+
+def remarks(path: str | Path, kind: str, pass_name: str | None = None) -> str:
+    """What passes made and what they left alone, `kind` of them: missed, passed or all."""
+    if kind not in REMARKS:
+        raise OptionError(
+            f"there are no remarks of kind {kind!r}", remedy=f"one of {', '.join(REMARKS)}"
+        )
+    artifact = open_artifact(Path(path), verify=False)
+    shown = [
+        r
+        for r in _notes(artifact)["remarks"]
+        if kind in ("all", r["kind"]) and pass_name in (None, r["pass_name"])
+    ]
+    lines = [f"{r['where']}: {r['kind']} {r['pass_name']}: {r['text']}" for r in shown]
+    return "\n".join(lines or [f"no {'' if kind == 'all' else kind + ' '}remarks"]) + "\n"
+
+
+def _notes(artifact: Artifact) -> dict[str, Any]:
+    if REMARKS_FILE not in artifact.names:
+        remedy = "compile the model again"
+        raise ArtifactError("it holds no remarks", where=str(artifact.path), remedy=remedy)
+    notes: dict[str, Any] = json.loads(artifact.text(REMARKS_FILE))
+    return notes
+
+
+def _unread(artifact: Artifact) -> str:
+    """The options that neither the compile asked for nor the runtime will."""
+    if REMARKS_FILE not in artifact.names:
+        return ""
+    options = _Watched(artifact.manifest["options"])
+    cache_policy(options, artifact.manifest["model"]["block_length"])
+    unread = [n for n in _notes(artifact)["unread"] if n not in {*options.reads, *READ_AT_LOAD}]
+    default = Options()
+    told = [
+        f"{name} = {options[name]}" + (", given in vain" if _given(name, options, default) else "")
+        for name in unread
+        if name in options
+    ]
+    return "options that nobody read\n" + "".join(f"  {line}\n" for line in told or ["none"])
+
+
+def _given(name: str, options: Mapping[str, Any], default: Options) -> bool:
+    return bool(options[name] != getattr(default, name))
+
+
+class _Watched(dict[str, Any]):
+    """The recorded options, and which of them the cache policy asks for."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self.reads: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.reads.add(key)
+        return super().get(key, default)
 
 
 def _pass_of(stage: str) -> str:
@@ -66,3 +169,37 @@ def _diff(artifact: Artifact, stages: list[str], at: int) -> str:
         return artifact.text(stages[0])
     before, after = (artifact.text(s).splitlines(keepends=True) for s in stages[at - 1 : at + 1])
     return "".join(difflib.unified_diff(before, after, stages[at - 1], stages[at], n=1))
+
+
+def pass_times(path: str | Path, checkpoint: Path) -> str:
+    """The passes run again over the checkpoint's graph, timed: an artifact holds no times, so that
+    the same compile gives the same bytes."""
+    from dcompile.driver import open_origin, settle, trace_origin
+
+    recorded = open_artifact(Path(path), verify=False).manifest["options"]
+    names = {f.name for f in fields(Options)}
+    known = {key: value for key, value in recorded.items() if key in names}
+    eos = known.get("eos_ids")
+    given = Options(**{**known, "target": "auto", "eos_ids": tuple(eos) if eos else None})
+    origin = open_origin(checkpoint, given)
+    options = settle(given, origin.spec)
+    start = time.perf_counter()
+    program = trace_origin(origin, options, getattr(torch, options.dtype), lambda text: None)
+    lines = [f"{'pass':24}{'places':>6}{'nodes':>8}{'ms':>9}"]
+    lines.append(f"{'trace':30}{len(program.nodes()):8}{(time.perf_counter() - start) * 1e3:9.1f}")
+    for r in run(program, options):
+        lines.append(f"{r.name:24}{r.changed:6}{r.nodes_after:8}{r.seconds * 1e3:9.1f}")
+    return "\n".join(lines) + "\n"
+
+
+def show(text: str) -> None:
+    """On standard output, a diff in colour where that is a terminal."""
+    out = Console(highlight=False, soft_wrap=True)
+    for line in text.splitlines():
+        out.print(Text(line, style=_style(line) if out.is_terminal else ""))
+
+
+def _style(line: str) -> str:
+    if line.startswith(("+++ ", "--- ")):
+        return "bold"
+    return {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 from dcompile.errors import OptionError
 
@@ -69,6 +70,51 @@ class Options:
         """As data for the manifest, without what only steers the compiler."""
         steering = {"check", "stop_after", "skip"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in steering}
+
+    def changed(self, **changes: object) -> Self:
+        """A copy with other values."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+_NAMES = frozenset(f.name for f in fields(Options))
+
+
+class WatchedOptions(Options):
+    """Options that remember which of them anyone read; copies remember together.
+
+    Checking, copying and recording them is no reading.
+    """
+
+    reads: set[str]
+
+    @classmethod
+    def of(cls, options: Options, reads: set[str] | None = None) -> Self:
+        values = {name: object.__getattribute__(options, name) for name in _NAMES}
+        out = cls(**values)
+        object.__setattr__(out, "reads", set() if reads is None else reads)
+        return out
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _NAMES:
+            self.reads.add(name)
+        return object.__getattribute__(self, name)
+
+    def plain(self) -> Options:
+        return Options(**{name: object.__getattribute__(self, name) for name in _NAMES})
+
+    def validate(self) -> None:
+        self.plain().validate()
+
+    def record(self) -> dict[str, object]:
+        return self.plain().record()
+
+    def changed(self, **changes: object) -> Self:
+        return self.of(self.plain().changed(**changes), self.reads)
+
+    @property
+    def unread(self) -> list[str]:
+        """What nobody asked for so far."""
+        return sorted(_NAMES - self.reads)
 
 
 def environment() -> tuple[str | None, str | None]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from torch.fx import Node
 
 from dcompile.errors import OptionError
 from dcompile.ir.contract import verify
 from dcompile.ir.edit import drop_unused_inputs
-from dcompile.ir.program import Pass, Program
-from dcompile.ir.show import show
+from dcompile.ir.meta import facts
+from dcompile.ir.program import Pass, Program, Remark
+from dcompile.ir.show import show, target_name
 from dcompile.options import Options
 from dcompile.passes.canonicalize import Canonicalize
 from dcompile.passes.find_roles import FindRoles
@@ -99,13 +102,15 @@ def run(
             continue
         if progress is not None:
             progress(name)
-        before, start = len(program.graph.nodes), time.perf_counter()
+        known = set(program.nodes())
+        before, start = len(known), time.perf_counter()
         changed = item(program)
         clean_up(program)
         seconds = time.perf_counter() - start
         verify(program, name)
         log.info("%s: %d places, %d -> %d nodes", name, changed, before, len(program.graph.nodes))
         if changed:
+            program.remarks += made(program, name, known)
             text = show(program)
             records.append(Record(name, changed, before, len(program.graph.nodes), seconds, text))
             if check is not None:
@@ -113,6 +118,18 @@ def run(
         if name == options.stop_after:
             break
     return records
+
+
+def made(program: Program, name: str, known: set[Node]) -> Iterator[Remark]:
+    """What a pass put in place of other nodes: fused operators, and products."""
+    for node in program.nodes():
+        if node in known or node.op != "call_function":
+            continue
+        target = target_name(node)
+        if target.startswith("dcompile.") or target == "linear.default":
+            where = facts(node).origin or node.name
+            what = target.removeprefix("dcompile.").removesuffix(".default")
+            yield Remark(name, where, f"made {what} ({node.name})", "passed")
 
 
 def clean_up(program: Program) -> None:

@@ -65,7 +65,7 @@ def _source(start: object) -> Node | None:
         seen.add(node)
         if node.target is LINEAR:
             found.add(node)
-        elif node.target not in (ops.ATTEND, aten.embedding.default):
+        elif node.target not in (ops.ATTEND, aten.embedding.default, aten.einsum.default):
             pending.extend(node.all_input_nodes)
     return found.pop() if len(found) == 1 and not pending else None
 

@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from dcompile.ir import ops
 from dcompile.ir.edit import bypass, insert, item, value
-from dcompile.ir.program import Exactness, Program
+from dcompile.ir.meta import facts
+from dcompile.ir.program import Exactness, Program, Remark
 from dcompile.passes.canonicalize import same_shape
 
 aten = torch.ops.aten
@@ -23,6 +24,11 @@ class FuseAddRMSNorm:
 
     def __call__(self, program: Program) -> int:
         sites = [n for n in program.calls(aten.rms_norm.default) if _is_residual(n)]
+        fused_ones = set(sites)
+        for norm in program.calls(aten.rms_norm.default):
+            if norm not in fused_ones:
+                where, why = facts(norm).origin or norm.name, _why(norm)
+                program.remarks.append(Remark("fuse_add_rms_norm", where, why))
         for norm in sites:
             add, _, weight, eps = (*norm.args, None, None)[:4]
             assert isinstance(add, Node)
@@ -31,6 +37,15 @@ class FuseAddRMSNorm:
             bypass(program, norm, normed)
             bypass(program, add, total)
         return len(sites)
+
+
+def _why(norm: Node) -> str:
+    add, shape = norm.args[:2]
+    if not isinstance(add, Node) or add.target is not aten.add.Tensor:
+        return "what is normed is no sum"
+    if add.kwargs or len(norm.args) < 4 or norm.args[3] is None or len(shape) != 1:  # type: ignore[arg-type]
+        return "the sum is scaled, or the norm is over several axes or without an epsilon"
+    return "another norm of the same sum has it, or its sides differ in shape or dtype"
 
 
 def _is_residual(norm: Node) -> bool:

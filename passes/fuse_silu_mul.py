@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from dcompile.ir import ops
 from dcompile.ir.edit import replace, value
-from dcompile.ir.program import Exactness, Program
+from dcompile.ir.meta import facts
+from dcompile.ir.program import Exactness, Program, Remark
 from dcompile.passes.canonicalize import same_shape
 
 aten = torch.ops.aten
@@ -23,12 +24,28 @@ class FuseSiluMul:
 
     def __call__(self, program: Program) -> int:
         sites = [n for n in program.calls(aten.mul.Tensor) if _gate(n) is not None]
+        fused = {_gate(n) for n in sites}
+        for silu in program.calls(aten.silu.default):
+            if silu not in fused:
+                why = _why(silu)
+                program.remarks.append(
+                    Remark("fuse_silu_mul", facts(silu).origin or silu.name, why)
+                )
         for node in sites:
-            silu = _gate(node)
-            assert silu is not None
-            (up,) = [a for a in node.args if a is not silu]
-            replace(program, node, ops.SILU_MUL, silu.args[0], up)
+            gate = _gate(node)
+            assert gate is not None
+            (up,) = [a for a in node.args if a is not gate]
+            replace(program, node, ops.SILU_MUL, gate.args[0], up)
         return len(sites)
+
+
+def _why(silu: Node) -> str:
+    if len(silu.users) != 1:
+        return f"silu is read {len(silu.users)} times, so it would stay"
+    (reader,) = silu.users
+    if reader.target is not aten.mul.Tensor:
+        return "silu is not multiplied with anything"
+    return "silu and what it is multiplied with differ in shape or dtype"
 
 
 def _gate(node: Node) -> Node | None:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from dcompile.ir.edit import add_weight, fake_mode, insert, replace, value
 from dcompile.ir.meta import facts, note
-from dcompile.ir.program import Exactness, Program
+from dcompile.ir.program import Exactness, Program, Remark
 from dcompile.ir.weights import Concat
 
 aten = torch.ops.aten
@@ -33,6 +33,9 @@ class MergeProjections:
             for group in GROUPS:
                 if all(r in found for r in group):
                     merged += _merge(program, [found[r] for r in group], "_".join(group))
+                elif part := next((found[r] for r in group if r in found), None):
+                    lacking = ", ".join(r for r in group if r not in found)
+                    _leave(program, part, f"{lacking}: no product of the same rows")
         return merged
 
 
@@ -40,7 +43,7 @@ def _merge(program: Program, parts: list[Node], name: str) -> int:
     operands = list(zip(*((*p.args, None)[1:3] for p in parts), strict=True))
     weights, biases = operands
     if any(b is None for b in biases) != all(b is None for b in biases):
-        return 0
+        return _leave(program, parts[0], "some of the products have a bias and some have none")
     first = min(parts, key=program.nodes().index)
     layer = facts(first).layer
     stem = f"layers_{layer}_{name}" if layer is not None else f"{first.name}_{name}"
@@ -56,6 +59,11 @@ def _merge(program: Program, parts: list[Node], name: str) -> int:
         replace(program, part, aten.slice.Tensor, whole, axis, start, start + size)
         start += size
     return 1
+
+
+def _leave(program: Program, node: Node, why: str) -> int:
+    program.remarks.append(Remark("merge_projections", facts(node).origin or node.name, why))
+    return 0
 
 
 def _joined(program: Program, name: str, parts: tuple[object, ...]) -> Node:

@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from dcompile.ir import ops
 from dcompile.ir.edit import insert, propagate, replace, value
-from dcompile.ir.program import Exactness, Program
+from dcompile.ir.meta import facts
+from dcompile.ir.program import Exactness, Program, Remark
 from dcompile.passes.positionwise import sequence_axes
 
 aten = torch.ops.aten
@@ -41,6 +42,8 @@ def _chooses_rows(node: Node) -> bool:
 def _narrow(program: Program, choice: Node) -> int:
     region = _only_for(program, choice)
     if not region:
+        why = "every row is needed up to the choice of rows"
+        program.remarks.append(Remark("narrow_window", facts(choice).origin or choice.name, why))
         return 0
     rows = program.placeholder("choice_row")
     inside = set(region)

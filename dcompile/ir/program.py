@@ -54,11 +54,15 @@ class Output:
 
 @dataclass(frozen=True)
 class Remark:
-    """Why a pass left a place alone, in a sentence for the user."""
+    """Why a pass left a place alone, or what it made there, in a sentence for the user.
+
+    A pass says what it missed; what it made the pipeline sees.
+    """
 
     pass_name: str
     where: str
     text: str
+    kind: Literal["missed", "passed"] = "missed"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dcompile.floor import Cost
+from dcompile.floor import Cost, Machine
 from dcompile.ir.sizes import evaluate
 from dcompile.runtime.weights import DTYPES
 
@@ -52,10 +52,21 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Work(Cost):
-    """A launch's cost; `touched` counts experts, where it runs any."""
+class Work:
+    """A launch's bytes and FLOPs; `touched` counts experts, where it runs any.
 
+    `streamed` are the bytes that no cache can have kept, as `floor.py` counts them: weights of a product,
+    and keys and values that were not written just now.
+    """
+
+    bytes: float
+    flops: float
+    streamed: float = 0
     touched: int | None = None
+
+    def seconds(self, machine: Machine) -> float:
+        """The floor: no machine of these rates is faster."""
+        return Cost(self.streamed, self.flops).seconds(machine)
 
 
 class Call:
@@ -153,7 +164,7 @@ def live_candidates(plan: Plan, launch: Mapping[str, Any]) -> int | None:
 def _linear(call: Call) -> Work:
     rows, n, k = call.sizes[-3:]
     moved = sum(call.bytes(i) for i in range(5))
-    return Work(moved, 2 * rows * n * k)
+    return Work(moved, 2 * rows * n * k, call.bytes(2) + call.bytes(3))
 
 
 def _moe_ffn(call: Call) -> Work:
@@ -165,21 +176,22 @@ def _moe_ffn(call: Call) -> Work:
     )
     weights = (call.bytes(4) + call.bytes(5)) * touched / experts
     moved = weights + sum(call.bytes(i) for i in range(4))
-    return Work(moved, 6 * rows * k * d * f, None if chosen is None else int(touched))
+    return Work(moved, 6 * rows * k * d * f, weights, None if chosen is None else int(touched))
 
 
 def _vocab_choice(call: Call) -> Work:
     candidates, _, v, d = call.sizes[:4]
     live = call.facts.live.get(call.at, candidates)
     skipped = (candidates - live) * d * _SIZES[call.launch["kernel"].rpartition("_")[2]]
-    return Work(sum(_moved(call)) - skipped, 2 * live * v * d)
+    return Work(sum(_moved(call)) - skipped, 2 * live * v * d, sum(_moved(call, "weight")))
 
 
 def _attend(call: Call) -> Work:
     rows, heads, groups, d = call.sizes[:4]
     seen, read = call.facts.keys(rows)
     cache = call.itemsize(call.launch["args"][2]["b"]) * 2 * read * groups * d
-    return Work(call.bytes(0) + call.bytes(1) + cache, 4 * seen * heads * d)
+    kept = cache * max(0, read - call.facts.R) / max(read, 1)
+    return Work(call.bytes(0) + call.bytes(1) + cache, 4 * seen * heads * d, kept)
 
 
 def _norm_rope_write(call: Call) -> Work:
@@ -219,16 +231,19 @@ def _other(call: Call) -> Work:
     moved = sum(_moved(call))
     if call.launch["kernel"].startswith(_PRODUCTS):
         inner = call.shape(call.launch["args"][0]["b"])[-1]
-        return Work(moved, 2 * inner * sum(call.elements(w) for w in call.launch["writes"]))
+        products = inner * sum(call.elements(w) for w in call.launch["writes"])
+        return Work(moved, 2 * products, sum(_moved(call, "weight")))
     largest = max((call.elements(w) for w in call.launch["writes"] if w is not None), default=0)
     return Work(moved, largest * max(len(call.launch.get("nodes", ())), 1))
 
 
-def _moved(call: Call) -> Iterator[int]:
-    """Bytes of each buffer; of a state at most what the others index."""
+def _moved(call: Call, only: str = "") -> Iterator[int]:
+    """Bytes of each buffer (of one kind); of a state at most what the others index."""
     kinds = {b: call.plan["buffers"][b]["place"]["kind"] for b in call.buffers()}
     most = max((call.elements(b) for b, kind in kinds.items() if kind != "state"), default=0)
     for buffer, kind in kinds.items():
+        if only not in ("", kind):
+            continue
         count = call.elements(buffer)
         yield (min(count, most) if kind == "state" else count) * call.itemsize(buffer)
 

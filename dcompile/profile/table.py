@@ -128,8 +128,8 @@ def notes(profile: Profile) -> str:
         f"Timing costs {profile.overhead * 100:+.1f} % (medians of {len(profile.timed)} rounds each way); "
         f"launches {percent(profile.launched / profile.wall)} % of the total, "
         f"between them {percent(gaps / profile.wall)} %. "
-        "Floor: the larger of bytes / bandwidth and FLOPs / rate, both measured just now; "
-        "more than 100 % was read from a cache. "
+        "Floor: the larger of bytes of weights and caches / bandwidth and FLOPs / rate, both measured "
+        "just now; more than 100 % came from a cache. "
         "GB/s, GFLOP/s and % of floor are medians over the iterations."
     )
 
