@@ -1,11 +1,11 @@
 """The end of an iteration: which tokens stay, written to the canvas, and whether the loop goes on.
 
 A position is a candidate while the canvas holds the mask there.  The policy says which candidates
-commit; where it names none, the most confident one does.  Counters advance here, on the device, so
-that the whole loop of a block can be one launch: `go` is 1 while a sequence has masks left and fewer
-than `cap` turns were taken.
+commit; where it names none, the most confident one does (the first of equals).  Counters advance
+here, on the device, so that the whole loop of a block can be one launch: `go` is 1 while a sequence
+has masks left and fewer than `cap` turns were taken.
 
-Policies are device functions `f(confidence, iteration, entered, knob) -> bool [block]`:
+Policies are device functions `f(confidence, position, iteration, entered, knob) -> bool [block]`:
 * threshold (Fast-dLLM, arXiv 2505.22618): confidence >= min(threshold, best - 1e-5);
 * steps (LLaDA, arXiv 2502.09992): the share of an even schedule over `steps` iterations.
 """
@@ -30,19 +30,19 @@ POLICIES = {"threshold": "threshold", "steps": "steps"}  # policy -> its one run
 
 
 @triton.jit
-def threshold(confidence, iteration, entered, knob):
+def threshold(confidence, position, iteration, entered, knob):
     return confidence >= tl.minimum(knob, tl.max(confidence, 0) - 1e-5)
 
 
 @triton.jit
-def steps(confidence, iteration, entered, knob):
+def steps(confidence, position, iteration, entered, knob):
     """The best of the rest first; of equals, the first position."""
     total = tl.maximum(knob.to(tl.int64), 1)
     base = entered // total
     quota = tl.maximum(base + (iteration < entered - base * total).to(tl.int64), 1)
-    i = tl.arange(0, confidence.shape[0])
+    before = position[None, :] < position[:, None]
     other, mine = confidence[None, :], confidence[:, None]
-    ahead = (other > mine) | ((other == mine) & (i[None, :] < i[:, None]))
+    ahead = (other > mine) | ((other == mine) & before)
     return tl.sum(ahead.to(tl.int32), 1) < quota
 
 
@@ -81,10 +81,11 @@ def commit(
     place = canvas + tl.load(block_seq + b) * L + pos
     current = tl.load(place, mask=inside, other=MASK + 1)
     candidate = inside & (current == MASK)
-    sure = tl.load(confidence + at, mask=inside, other=float("-inf"))
+    sure = tl.load(confidence + at, mask=candidate, other=float("-inf"))
     turns = tl.load(iteration + b)
-    wanted = candidate & POLICY(sure, turns, tl.load(entered + b), tl.load(knob + b))
-    first = candidate & (sure >= tl.max(sure, 0))
+    wanted = candidate & POLICY(sure, pos, turns, tl.load(entered + b), tl.load(knob + b))
+    tied = candidate & (sure >= tl.max(sure, 0))
+    first = tied & (pos == tl.min(tl.where(tied, pos, 4611686018427387904), 0))
     some = tl.max(wanted.to(tl.int32), 0)
     commits = tl.where(some > 0, wanted, first)
     updated = tl.where(commits, tl.load(token + at, mask=inside, other=0), current)
