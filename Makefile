@@ -18,7 +18,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 unit: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 golden: $(VENV)/.test
 	DCOMPILE_ACCEPT_GOLDEN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_walkthrough.py

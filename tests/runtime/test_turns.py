@@ -45,10 +45,13 @@ def test_looking_seldom_changes_nothing(case: Toy, tmp_path: Path, code: bytes) 
     case = Toy(**{**vars(case), "batch": 2})
     runner = toy.load(tmp_path, case, code)
     prompts = prompts_of(5, [3, 9, 0, 4])
+    positions = max(12, case.block)
     found = []
     for every in (1, 2, 3, 7):
         runner = Runner(runner.artifact, Executor(runner.artifact, check_every=every))
-        results = runner.generate(prompts, gen_length=12, threshold=0.7, temperature=0.5, seed=3)
+        results = runner.generate(
+            prompts, gen_length=positions, threshold=0.7, temperature=0.5, seed=3
+        )
         found.append([(r.all_tokens, r.forwards) for r in results])
     assert all(f == found[0] for f in found[1:])
     assert len({forwards for _, forwards in found[0]}) > 1
