@@ -354,6 +354,22 @@ def bench(
     typer.echo(json.dumps(table.json()) if as_json else table.text(), nl=as_json)
 
 
+@app.command("export")
+def export_command(
+    model: Annotated[Path, typer.Argument(help="An artifact, or a checkpoint.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file or folder to write.")],
+    format: Annotated[str, typer.Option(help="folder or dcx.")],
+    quiet: _Quiet = False,
+) -> None:
+    """Take a model out: an artifact as a folder or as one file."""
+    from dcompile.export.command import Asked, export
+
+    with _progress(quiet) as progress:
+        export(Asked(model, out, format, progress))
+    if not quiet:
+        typer.echo(f"wrote {out}", err=True)
+
+
 @app.command()
 def demo() -> None:
     """Compile and run the small trained model that ships with the package."""

@@ -21,6 +21,7 @@ from dcompile.explain import report
 from dcompile.frontends.base import ModelSpec
 from dcompile.ir.program import Program, StepShape
 from dcompile.ir.show import show
+from dcompile.ir.stored import dump
 from dcompile.ir.weights import Read, Recipe, Source
 from dcompile.options import Options, WatchedOptions
 from dcompile.pipeline import Record, run
@@ -109,6 +110,7 @@ def _compile(origin: Origin, options: WatchedOptions, out: Path, progress: Progr
     progress("write")
     with ArtifactWriter(out) as writer:
         writer.add_bytes("plan.json", _json(lowered.plan))
+        writer.add_bytes("program.json", _json(dump(program, lowered.stored)))
         for name, text in _texts(program, lowered, traced, records).items():
             writer.add_bytes(name, text.encode())
         manifest = _manifest(origin, options, program, kernels)

@@ -81,8 +81,9 @@ class ArtifactWriter:
         if not self._finished:
             self._discard()
 
-    def add_bytes(self, name: str, data: bytes) -> None:
-        self._add(name, [memoryview(data)])
+    def add_bytes(self, name: str, data: bytes | memoryview) -> str:
+        """Write one file; its sha256."""
+        return self._add(name, [memoryview(data)])
 
     def add_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Write tensors as they come; their names are unique over the whole artifact."""
@@ -105,7 +106,14 @@ class ArtifactWriter:
         """Write the manifest, with the files' hashes and its own, and move all into place."""
         body: dict[str, Any] = {"format": FORMAT, **manifest, "files": self._files}
         body["sha256"] = seal(body)
-        self._write(MANIFEST, [memoryview((json.dumps(body, indent=1) + "\n").encode())])
+        self.finish_as((json.dumps(body, indent=1) + "\n").encode())
+
+    def finish_as(self, manifest: bytes) -> None:
+        """Write a manifest that lists these very files already, and move all into place."""
+        listed = {name: item["sha256"] for name, item in json.loads(manifest)["files"].items()}
+        if listed != {name: item["sha256"] for name, item in self._files.items()}:
+            raise ValueError("the manifest lists other files")
+        self._write(MANIFEST, [memoryview(manifest)])
         with self._named_errors():
             if self._zip is not None:
                 self._zip.close()
@@ -126,11 +134,12 @@ class ArtifactWriter:
             raise
         shutil.rmtree(old, ignore_errors=True)
 
-    def _add(self, name: str, pieces: list[memoryview]) -> None:
+    def _add(self, name: str, pieces: list[memoryview]) -> str:
         if not is_safe(name) or name in self._files or name == MANIFEST:
             raise ValueError(f"no name for a file of an artifact: {name!r}")
         digest = self._write(name, pieces)
         self._files[name] = {"sha256": digest, "bytes": sum(piece.nbytes for piece in pieces)}
+        return digest
 
     def _write(self, name: str, pieces: list[memoryview]) -> str:
         digest = hashlib.sha256()
