@@ -54,6 +54,15 @@ def compile_command(
     score: Annotated[
         str | None, typer.Option(help="steps: low_confidence, random, margin or entropy.")
     ] = None,
+    manager: Annotated[
+        str | None, typer.Option(help="blockwise, or canvas: all positions as one block.")
+    ] = None,
+    aligned: Annotated[
+        bool | None,
+        typer.Option(
+            "--aligned/--unaligned", help="The first block begins at a multiple of its length."
+        ),
+    ] = None,
     cache: Annotated[
         str | None, typer.Option(help="none, prefix, dual, vicinity, periodic, active or block.")
     ] = None,
@@ -96,6 +105,8 @@ def compile_command(
         "block_length": block_length,
         "policy": policy,
         "score": score,
+        "manager": manager,
+        "aligned": aligned,
         "cache": cache,
         "look_back": look_back,
         "look_ahead": look_ahead,

@@ -16,6 +16,7 @@ from torch import nn
 
 from dcompile.codegen.cpu.build import ISA_FLAGS, build, build_library, isas, library_sources
 from dcompile.codegen.lower import Lowered, emitted_sources, lower, stored_tensors
+from dcompile.combine import Combination, check_together
 from dcompile.errors import ConfigError, OptionError
 from dcompile.explain import report
 from dcompile.frontends.base import ModelSpec
@@ -103,6 +104,7 @@ def _compile(origin: Origin, options: WatchedOptions, out: Path, progress: Progr
     check = _checker(options)
     records = run(program, options, check, progress)
     _check_block(program, options)
+    check_together(_combination(options, program.shape.model_block))
     progress("lower")
     lowered = lower(program)
     progress("build kernels")
@@ -151,7 +153,13 @@ def settle(options: Chosen, spec: ModelSpec) -> Chosen:
     dtype = options.dtype
     if dtype == "auto":
         dtype = str(spec.dtype).removeprefix("torch.")
-    return options.changed(
+    if options.manager == "canvas" and options.block_length is None:
+        raise OptionError(
+            "how many positions has the canvas?",
+            where="--manager canvas",
+            remedy="--block-length with the number of positions to generate",
+        )
+    settled = options.changed(
         target="cpu",
         dtype=dtype,
         block_length=block,
@@ -159,6 +167,10 @@ def settle(options: Chosen, spec: ModelSpec) -> Chosen:
         max_length=length,
         policy=options.policy or str(given.get("policy", "threshold")),
     )
+    # What a module's mask is, only the trace shows.
+    if spec.layer_kinds:
+        check_together(_combination(settled, spec.block_length))
+    return settled
 
 
 def open_origin(path: Path, options: Options) -> Origin:
@@ -258,22 +270,24 @@ def trace_origin(
 
 def _check_block(program: Program, options: Options) -> None:
     block = program.shape.model_block
-    if options.cache == "block" and block is None:
-        raise OptionError(
-            "cache 'block' is for block-causal models; this one attends in both directions",
-            remedy="--cache dual, prefix or none",
-        )
-    if block is not None and options.cache not in ("block", "none"):
-        raise OptionError(
-            f"cache {options.cache!r} is for models that attend in both directions; this one is "
-            f"block-causal in blocks of {block}",
-            remedy="--cache block, which is exact",
-        )
     if block is not None and block != options.block_length:
         raise OptionError(
             f"the model's blocks have {block} positions, not {options.block_length}",
             remedy=f"--block-length {block}",
         )
+
+
+def _combination(options: Options, span: int | None) -> Combination:
+    assert options.policy is not None and options.cache is not None
+    return Combination(
+        find_policy(options.policy, options.score),
+        options.manager,
+        options.cache,
+        span,
+        options.smoothing is not None,
+        options.aligned,
+        options.cross_block,
+    )
 
 
 def _checker(options: Options):  # type: ignore[no-untyped-def]
@@ -358,7 +372,9 @@ def _parameters(policy: Policy, options: Options, spec: ModelSpec) -> dict[str, 
     tuned = {spec.defaults.get("policy"), *(["dynamic"] if spec.block_length is not None else [])}
     if threshold is not None and policy.name in tuned:
         parameters["threshold"] = float(threshold)  # type: ignore[arg-type]
-    if "steps" in parameters and not policy.canvas and options.block_length is not None:
+    # Dream's number of steps is for its whole canvas.
+    blocks = options.manager != "canvas" or not policy.canvas
+    if "steps" in parameters and blocks and options.block_length is not None:
         parameters["steps"] = float(options.block_length)
     return parameters
 

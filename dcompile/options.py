@@ -9,6 +9,7 @@ from typing import Any, Self
 from dcompile.errors import OptionError
 
 CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
+MANAGERS = ("blockwise", "canvas")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Options:
     block_length: int | None = None  # positions decoded together
     policy: str | None = None  # which candidates commit: a name, or file.py:name
     score: str | None = None  # steps: by what it orders positions
+    manager: str = "blockwise"  # in which order positions are decided
+    aligned: bool | None = None  # the first block begins at a multiple of the block length
     cache: str | None = None  # which rows are recomputed
     look_back: int = 16  # vicinity: rows before the block
     look_ahead: int = 16  # vicinity: rows after it
@@ -51,6 +54,11 @@ class Options:
             raise OptionError(
                 f"there is no cache policy named {self.cache!r}",
                 remedy=f"one of {', '.join(CACHES)}",
+            )
+        if self.manager not in MANAGERS:
+            raise OptionError(
+                f"there is no manager named {self.manager!r}",
+                remedy=f"one of {', '.join(MANAGERS)}",
             )
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise OptionError(

@@ -24,6 +24,10 @@ class Limits:
     span: int | None
     """Length of the blocks of a block-causal mask; None where attention is bidirectional."""
     block_length: int
+    aligned: bool
+    """Whether the first block begins at a multiple of the block length."""
+    canvas: bool
+    """Whether all generated positions are one block."""
     max_length: int
     batch: int
     parameters: Mapping[str, float]
@@ -31,6 +35,7 @@ class Limits:
     @staticmethod
     def read(manifest: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> Limits:
         model, policy = manifest["model"], manifest["policy"]
+        options = manifest.get("options", {})
         try:
             limits = Limits(
                 vocab_size=int(model["vocab_size"]),
@@ -39,6 +44,8 @@ class Limits:
                 shift=bool(model["shift"]),
                 span=None if model["block_length"] is None else int(model["block_length"]),
                 block_length=sizes["n"],
+                aligned=_aligned(options, model["block_length"]),
+                canvas=options.get("manager") == "canvas",
                 max_length=sizes["L"],
                 batch=sizes["N"],
                 parameters={k: float(v) for k, v in policy["parameters"].items()},
@@ -53,31 +60,42 @@ class Limits:
             raise OptionError(what, where="--block-length", remedy=remedy)
         return limits
 
+    @property
+    def unit(self) -> int:
+        """Sequences are whole runs of so many positions, where blocks are aligned."""
+        return max(self.block_length, self.span or 1) if self.aligned else 1
+
     def begin(self, prompt: int) -> int:
         """Where the first block starts."""
-        return prompt if self.span is None else prompt - prompt % self.block_length
+        return prompt - prompt % self.block_length if self.aligned else prompt
 
     def total(self, prompt: int, gen_length: int) -> int:
-        """How many positions a sequence has; whole blocks where attention is block-causal."""
+        """How many positions a sequence has; whole blocks where they are aligned."""
         length = prompt + gen_length
-        return length if self.span is None else length + -length % max(self.block_length, self.span)
+        return length + -length % self.unit
 
     def default_length(self, prompt: int, wanted: int) -> int:
         """About so many positions to generate, as far as the artifact has room after a prompt."""
-        unit = self.block_length if self.span is None else max(self.block_length, self.span)
-        begin = prompt if self.span is None else 0
-        room = (self.max_length - begin) // unit * unit - (prompt - begin)
-        if self.span is None:
-            wanted += -wanted % unit
-        return max(min(wanted, room), unit if self.span is None else 1)
+        n = self.block_length
+        if self.aligned:
+            room = self.max_length // self.unit * self.unit - prompt
+            return max(min(wanted, room), 1)
+        if self.canvas:
+            return n
+        return max(min(wanted + -wanted % n, (self.max_length - prompt) // n * n), n)
 
     def check_length(self, gen_length: int) -> None:
         if type(gen_length) is not int or gen_length < 1:
             raise RequestError(f"{gen_length!r} tokens cannot be generated", where="gen_length")
-        if self.span is None and gen_length % self.block_length:
+        n = self.block_length
+        if self.canvas and gen_length != n:
+            what = f"the compiled canvas has {n} positions, not {gen_length}"
+            remedy = f"use {n}, or compile with --block-length {gen_length}"
+            raise RequestError(what, where="gen_length", remedy=remedy)
+        if not self.aligned and gen_length % n:
             what = f"{gen_length} is not a multiple of the compiled block length"
-            down = gen_length - gen_length % self.block_length
-            near = [str(x) for x in (down, down + self.block_length) if x]
+            down = gen_length - gen_length % n
+            near = [str(x) for x in (down, down + n) if x]
             remedy = f"use {' or '.join(near)}, or compile with another --block-length"
             raise RequestError(what, where="gen_length", remedy=remedy)
 
@@ -110,6 +128,12 @@ class Limits:
                 raise RequestError(what, where=name, remedy=f"it has: {known}")
             _check_parameter(name, value)
         return {**self.parameters, **{name: float(value) for name, value in given.items()}}
+
+
+def _aligned(options: Mapping[str, Any], span: int | None) -> bool:
+    """As compiled; otherwise as the model's attention mask asks."""
+    aligned = options.get("aligned")
+    return span is not None if aligned is None else bool(aligned)
 
 
 def _check_parameter(name: str, value: Any) -> None:

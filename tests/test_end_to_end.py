@@ -79,6 +79,22 @@ def test_none_is_the_plain_model(make: Make, family: str) -> None:
         assert (result.all_tokens, result.forwards) == plain(made, prompt, threshold=0.03)
 
 
+@pytest.mark.parametrize("manager", ["blockwise", "canvas"])
+def test_blocks_of_other_places_and_lengths(make: Make, manager: str) -> None:
+    """Aligned blocks in a bidirectional model; all positions as one block."""
+    asked = {"aligned": True} if manager == "blockwise" else {"block_length": LENGTH}
+    made = make("llada_moe", cache="none", manager=manager, **asked)
+    results = dcompile.load(made.artifact).generate(
+        PROMPTS, gen_length=LENGTH, threshold=0.03, early_stop=False
+    )
+    block, aligned = asked.get("block_length", 8), "aligned" in asked
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        wanted = decode(
+            made.checkpoint.reference(), prompt, LENGTH, block, 129, threshold=0.03, aligned=aligned
+        )
+        assert (result.all_tokens, result.forwards) == wanted
+
+
 @pytest.mark.parametrize("family", ["llada2", "sdar", "sdar_moe"])
 def test_block_is_exact_on_block_causal_models(make: Make, family: str) -> None:
     made = make(family, cache="block")
