@@ -176,7 +176,9 @@ def settle(options: Chosen, spec: ModelSpec) -> Chosen:
 def open_origin(path: Path, options: Options) -> Origin:
     """What a checkpoint is, without reading its tensors."""
     if path.suffix == ".pt2":
-        return _of_module(_load_exported(path), options)
+        from dcompile.frontends.exported import open_exported
+
+        return _of_module(open_exported(path), options)
     from dcompile.frontends.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path, mask_id=options.mask_id)
@@ -197,21 +199,6 @@ def open_origin(path: Path, options: Options) -> Origin:
         checkpoint.tokenizer_files(),
         checkpoint.digest(),
     )
-
-
-def _load_exported(path: Path) -> nn.Module:
-    from dcompile.errors import CheckpointError
-
-    if not path.is_file():
-        raise CheckpointError("there is no such file", where=str(path))
-    try:
-        return torch.export.load(path).module()
-    except Exception as failure:
-        raise CheckpointError(
-            f"it is not an exported program: {type(failure).__name__}",
-            where=str(path),
-            remedy="save it with torch.export.save of this torch version",
-        ) from failure
 
 
 def _of_module(module: nn.Module, options: Options) -> Origin:

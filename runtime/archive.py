@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import mmap
-import struct
-import zipfile
-import zlib
-from collections.abc import Mapping
 from pathlib import Path
 
 from dcompile.errors import ArtifactError
+from dcompile.untrusted import stored_members
 
 MANIFEST = "manifest.json"
 SUFFIX = ".dcx"
 _REMEDY = "compile the model again, or copy the artifact again from where it came"
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    struct.error,
-    ValueError,
-    NotImplementedError,
-    EOFError,
-    KeyError,
-    IndexError,
-    OverflowError,
-    zlib.error,
-)
-
-
-def is_safe(name: str) -> bool:
-    """Whether a name stays inside the folder that it is relative to, on any system."""
-    parts = name.split("/")
-    return not any(part in ("", ".", "..") for part in parts) and not set(name) & set("\\:\0")
 
 
 class Archive:
@@ -70,29 +50,9 @@ class ZipFile(Archive):
         self.path = path
         self._data = _map(path)
         try:
-            with zipfile.ZipFile(path) as file:
-                self._spans: Mapping[str, tuple[int, int]] = {
-                    entry.filename: self._span(entry) for entry in file.infolist()
-                }
-        except _ZIP_ERRORS as error:
-            what = "the artifact is truncated or damaged: its directory cannot be read"
-            raise ArtifactError(what, where=str(path), remedy=_REMEDY) from error
-
-    def _span(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
-        name, size = entry.filename, entry.file_size
-        if not is_safe(name.rstrip("/")):
-            raise self._broken(f"an entry's name leaves the artifact: {name!r}")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != size:
-            raise self._broken(f"entry {name!r} is compressed; artifacts are stored")
-        if entry.flag_bits & 1:
-            raise self._broken(f"entry {name!r} is encrypted")
-        local = bytes(self._data[entry.header_offset : entry.header_offset + 30])
-        if len(local) < 30 or local[:4] != b"PK\3\4":
-            raise self._broken(f"entry {name!r} does not begin where the directory says")
-        start = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
-        if start + size > self._data.nbytes:
-            raise self._broken(f"entry {name!r} ends outside the file")
-        return start, start + size
+            self._spans = stored_members(self._data)
+        except ValueError as error:
+            raise self._broken(f"the artifact is damaged: {error}") from error
 
     def _broken(self, what: str) -> ArtifactError:
         return ArtifactError(what, where=str(self.path), remedy=_REMEDY)

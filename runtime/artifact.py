@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,10 @@ import torch
 
 from dcompile.errors import ArtifactError
 from dcompile.runtime import weights
-from dcompile.runtime.archive import MANIFEST, Archive, is_safe, open_archive
+from dcompile.runtime.archive import MANIFEST, Archive, open_archive
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.writing import FORMAT, ArtifactWriter, seal, write_artifact
+from dcompile.untrusted import is_safe, parse_json
 
 __all__ = ["Artifact", "ArtifactWriter", "open_artifact", "write_artifact"]
 
@@ -109,8 +109,8 @@ def _entries(artifact: Artifact) -> Iterator[tuple[str, weights.Entry]]:
 
 def _json(archive: Archive, name: str, path: Path) -> dict[str, Any]:
     try:
-        body = json.loads(bytes(archive.read(name)))
-    except (ValueError, RecursionError) as error:
+        body = parse_json(archive.read(name))
+    except ValueError as error:
         what = f"{name} is damaged: {error}"
         raise ArtifactError(what, where=str(path), remedy=_AGAIN) from error
     if not isinstance(body, dict):

@@ -8,6 +8,7 @@ from typing import Any
 
 from dcompile.errors import ArtifactError, RequestError
 from dcompile.runtime.artifact import Artifact
+from dcompile.untrusted import parse_json
 
 _FOLDER = "tokenizer/"
 
@@ -49,7 +50,9 @@ class Tokenizer:
             text = self._artifact.text(_FOLDER + "tokenizer.json")
             try:
                 self._loaded = HuggingFaceTokenizer.from_str(text)
-            except Exception as error:  # the library raises nothing narrower
+            except BaseException as error:  # the library raises nothing narrower, and panics
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
                 what = f"the tokenizer cannot be read: {error}"
                 raise ArtifactError(what, where="tokenizer/tokenizer.json") from error
             self._loaded.no_truncation()
@@ -60,8 +63,8 @@ class Tokenizer:
         if "tokenizer_config.json" not in self._files:
             return {}
         try:
-            config = json.loads(self._artifact.text(_FOLDER + "tokenizer_config.json"))
-        except (ValueError, RecursionError) as error:
+            config = parse_json(self._artifact.bytes(_FOLDER + "tokenizer_config.json"))
+        except ValueError as error:
             where = "tokenizer/tokenizer_config.json"
             raise ArtifactError("the tokenizer's config cannot be read", where=where) from error
         return config if isinstance(config, dict) else {}

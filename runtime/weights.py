@@ -11,6 +11,7 @@ from math import prod
 import torch
 
 from dcompile.errors import ArtifactError
+from dcompile.untrusted import MOST_HEADER, parse_json
 
 ALIGN = 64
 SHARD_BYTES = 64 << 20
@@ -105,7 +106,7 @@ def entries(data: memoryview, file: str) -> Iterator[tuple[str, Entry]]:
     if data.nbytes < 8 or length > data.nbytes - 8:
         raise broken("a weight file is shorter than its header says")
     try:
-        header = json.loads(bytes(data[8 : 8 + length]))
+        header = parse_json(data[8 : 8 + length], MOST_HEADER)
         header.pop("__metadata__", None)
         for name, item in header.items():
             if name.startswith(_PAD):
@@ -118,7 +119,7 @@ def entries(data: memoryview, file: str) -> Iterator[tuple[str, Entry]]:
             if 8 + length + end > data.nbytes:
                 raise broken(f"tensor {name!r} ends outside its file")
             yield name, Entry(file, dtype, shape, 8 + length + start, size)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise broken("a weight file's header cannot be read") from error
 
 

@@ -17,8 +17,9 @@ from uuid import uuid4
 import torch
 
 from dcompile.errors import OutputError
-from dcompile.runtime.archive import MANIFEST, SUFFIX, is_safe
+from dcompile.runtime.archive import MANIFEST, SUFFIX
 from dcompile.runtime.weights import ALIGN, shards
+from dcompile.untrusted import is_safe
 
 FORMAT = 2
 """1: as first released. 2: native code describes its kernels, and weights may lie elsewhere."""

@@ -17,8 +17,8 @@ MAY_IMPORT = {  # folder -> the parts of dcompile that it may name
     "dcompile/ir": {"ir", "errors"},
     "passes": {"passes", "ir", "errors"},
     "codegen": {"codegen", "ir", "errors"},
-    "runtime": {"runtime", "errors"},
-    "dcompile/frontends": {"frontends", "ir", "errors"},
+    "runtime": {"runtime", "errors", "untrusted"},
+    "dcompile/frontends": {"frontends", "ir", "errors", "untrusted"},
     "dcompile/policies": {"policies", "errors"},
 }
 

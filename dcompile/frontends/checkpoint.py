@@ -85,7 +85,11 @@ def _open_folder(folder: Path, mask_id: int | None) -> Checkpoint:
         )
     values = files.read_json(config)
     beside = {name: folder / name for name in tokens.FILES}
-    present = {name: path.read_bytes() for name, path in beside.items() if path.is_file()}
+    try:
+        present = {n: files.read_small(path) for n, path in beside.items() if path.is_file()}
+    except (OSError, ValueError) as error:
+        what = f"a file beside the weights cannot be read: {error}"
+        raise CheckpointError(what, where=str(folder), remedy="restore the file") from None
     # An unknown architecture is said before anything about its tensors.
     family_of(Config(values, str(config)))
     return _open(Config(values, str(config)), files.open_folder(folder), present, mask_id)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dcompile.errors import CheckpointError
+from dcompile.frontends.torchfiles import Refused, load_plain
+from dcompile.untrusted import MOST_HEADER, MOST_JSON, parse_json
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WAYS_OUT = (
@@ -50,6 +50,7 @@ class Safetensors:
 
     def _open(self, path: Path) -> None:
         try:
+            _check_header(path)
             opened: Any = safe_open(path, framework="pt")
             self._files[path.name] = opened
             for name in opened.keys():  # noqa: SIM118 - not a mapping
@@ -57,7 +58,7 @@ class Safetensors:
                 dtype = part.get_dtype()
                 shape = tuple(part.get_shape())
                 self.headers[name] = Header(shape, DTYPES.get(dtype, dtype), path.name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"not a whole safetensors file: {error}",
                 where=str(path),
@@ -67,6 +68,14 @@ class Safetensors:
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[self.headers[name].file].get_tensor(name)
         return tensor
+
+
+def _check_header(path: Path) -> None:
+    """The library would make objects of a header of any size."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MOST_HEADER:
+            raise ValueError(f"its header claims {size} bytes, most {MOST_HEADER}")
 
 
 class StateDict:
@@ -122,14 +131,22 @@ def open_state_dict(path: Path) -> tuple[dict[str, object], StateDict]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; anything else is named."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_small(path))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot be read as JSON: {error}", where=str(path), remedy="restore the file"
         ) from None
     if not isinstance(value, dict):
         raise CheckpointError("not a JSON object", where=str(path), remedy="restore the file")
     return value
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a file beside the weights; ValueError where it is larger than any such file."""
+    size = path.stat().st_size
+    if size > MOST_JSON:
+        raise ValueError(f"{path.name} has {size} bytes, most {MOST_JSON}")
+    return path.read_bytes()
 
 
 def _open_shards(folder: Path, index: Path) -> Safetensors:
@@ -175,23 +192,17 @@ def _leaves(shard: str) -> bool:
 
 def _load(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+        return load_plain(path)
+    except Refused as error:
         raise CheckpointError(
-            f"holds pickled Python objects, which are not loaded: {_first_line(error)}",
+            str(error),
             where=str(path),
             remedy=f"save config and state_dict instead: {WAYS_OUT}",
         ) from None
-    except Exception as error:  # a damaged file can make the unpickler fail in any way
+    except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"cannot be read as a file of torch.save: {_first_line(error)}",
-            where=str(path),
-            remedy=f"copy the file again, or save anew: {WAYS_OUT}",
+            str(error), where=str(path), remedy=f"copy the file again, or save anew: {WAYS_OUT}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _is_config(config: object) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from dcompile.errors import ConfigError
 from dcompile.frontends.base import Config
+from dcompile.untrusted import parse_json
 
 MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "<mask>", "<|MASK|>", "[MASK]")
 FILES = (
@@ -107,8 +107,8 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, object]:
     if name not in files:
         return {}
     try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
+        value = parse_json(files[name])
+    except ValueError as error:
         raise ConfigError(
             f"cannot be read as JSON: {error}", where=name, remedy="restore the file"
         ) from None

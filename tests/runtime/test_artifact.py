@@ -190,7 +190,7 @@ def test_refuses_names_that_leave(name: str, tmp_path: Path, code: bytes) -> Non
     path = toy.write(tmp_path / "a.dcx", Toy(), code)
     with zipfile.ZipFile(path, "a") as file:
         file.writestr(name, "x")
-    refused(path, "leaves the artifact")
+    refused(path, "leaves the archive")
 
 
 def test_refuses_compressed_entries(tmp_path: Path, code: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -494,6 +495,23 @@ def test_model_pt_of_the_old_format(tmp_path: Path) -> None:
     saved = {"config": config, "state_dict": make_tensors("sdar", config, 0, torch.float32)}
     torch.save(saved, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
     refused(CheckpointError, tmp_path / "model.pt", "save anew")
+
+
+def test_a_bomb_is_not_inflated(tmp_path: Path) -> None:
+    file = write_model_pt(tmp_path / "model.pt", "sdar")
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data + bytes(1 << 24) * name.endswith(".pkl"))
+    refused(CheckpointError, file, "model.pt", "compressed")
+
+
+@pytest.mark.parametrize("claim", [1 << 25, 1 << 62])
+def test_a_header_of_any_size_is_not_read(tmp_path: Path, claim: int) -> None:
+    file = write_checkpoint(tmp_path, "sdar") / "model.safetensors"
+    file.write_bytes(claim.to_bytes(8, "little") + file.read_bytes()[8:])
+    refused(CheckpointError, tmp_path, "model.safetensors", "header claims")
 
 
 def test_model_pt_config_errors_name_file_and_key(tmp_path: Path) -> None:
