@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dcompile.errors import ArtifactError, OutputError
-from dcompile.runtime.archive import MANIFEST, SUFFIX, Archive, is_safe, open_archive
+from dcompile.runtime.archive import MANIFEST, SUFFIX, Archive, open_archive
 from dcompile.runtime.writing import ArtifactWriter, seal
+from dcompile.untrusted import is_safe, parse_json
 
 _REMEDY = "compile the model again, or copy the artifact again from where it came"
 
@@ -43,11 +43,11 @@ def repack(source: Path, out: Path, container: str) -> Path:
 
 def _files(manifest: bytes, source: Path) -> dict[str, dict[str, Any]]:
     try:
-        body = json.loads(manifest)
+        body = parse_json(manifest)
         if body["sha256"] != seal(body):
             raise _damaged("the manifest is damaged or was altered", str(source))
         return dict(body["files"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged("the manifest cannot be read", str(source)) from error
 
 
