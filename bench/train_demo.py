@@ -146,6 +146,12 @@ def word_sequence_reversal(entry: Mapping[str, Any]) -> tuple[str, str] | None:
     return (f"reverse: {words} =", entry["answer"]) if short else None
 
 
+def long_reversal(entry: Mapping[str, Any]) -> tuple[str, str] | None:
+    words = ", ".join(entry["metadata"]["words"])
+    fits = len(words) < GENERATION_LENGTH and all(word.isascii() for word in words)
+    return (f"reverse: {words} =", entry["answer"]) if fits else None
+
+
 def letter_counting(entry: Mapping[str, Any]) -> tuple[str, str] | None:
     facts = entry["metadata"]
     span = " ".join(facts["span"])
@@ -207,7 +213,23 @@ TASKS: Mapping[str, Task] = {
     ),
     "word_sorting": Task(({"min_words": 3, "max_words": 5},), word_sorting, comma_list),
     "letter_counting": Task(({"min_words": 1, "max_words": 4},), letter_counting),
+    "long_spelling": Task(
+        ({"min_word_len": 7, "max_word_len": 14},), spell_backward, dataset="spell_backward"
+    ),
+    "long_reversal": Task(
+        ({"min_words": 4, "max_words": 6},), long_reversal, dataset="word_sequence_reversal"
+    ),
+    "long_sum": Task(
+        (
+            {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 3},
+            {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+        ),
+        chain_sum,
+        share=2.0,
+        dataset="chain_sum",
+    ),
 }
+HARD_TASKS = ("long_spelling", "long_sum", "two_digit_sorting", "word_sorting", "long_reversal")
 DEFAULT_TASKS = ("spell_backward", "chain_sum", "number_sorting", "word_sequence_reversal")
 
 
