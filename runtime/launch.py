@@ -303,7 +303,9 @@ def _is_plain(operator: torch._ops.OpOverload, launch: Launch) -> bool:
     """Whether an operator is meant for any arguments, and changes only what the launch writes."""
     schema = operator._schema
     name = schema.name.removeprefix("aten::")
-    private = name.startswith("_") and torch.Tag.core not in operator.tags and name not in _PRIVATE
+    spelled = name.startswith("__") and name.endswith("__")  # an operator of Python: `>>`, `&`
+    hidden = name.startswith("_") and not spelled
+    private = hidden and torch.Tag.core not in operator.tags and name not in _PRIVATE
     if private or name in _UNSAFE or name.startswith(_MOVING):
         return False
     given = dict(zip((a.name for a in schema.arguments), launch.args, strict=False))
