@@ -29,7 +29,7 @@ from native import Library, Value, pack_args
 
 from dcompile.codegen.cpu import build, pack
 from dcompile.floor import Machine, measure
-from dcompile.runtime.artifact import cpu_flags
+from dcompile.runtime.processor import cpu_flags
 
 TYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 ROTATED_BYTES = 600e6  # larger than the last cache; the copies of a case together have this size

@@ -18,14 +18,15 @@ import torch
 from dcompile.codegen.cpu.build import build, library_headers, runnable
 from dcompile.errors import BuildError
 from dcompile.ir.sizes import evaluate
-from dcompile.runtime.artifact import cpu_flags
 from dcompile.runtime.launch import Executor
+from dcompile.runtime.processor import cpu_flags
 from dcompile.runtime.state import Binding
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 _BUFFER = 256 << 20  # what is read: more than the last cache
 _PIECE = 16 << 20  # what one timing reads: a few milliseconds, so that a quiet one is found
-_STREAMS = (1, 2, 4, 8)
+# Places read from in turn, and how far ahead of each is asked for: the best differs from machine to machine.
+_WAYS = ((1, 0), (2, 0), (4, 0), (8, 0), (1, 4096), (1, 16384), (4, 4096))
 _ROUNDS = 20_000  # of the multiply-add probe: about a millisecond
 
 
@@ -58,27 +59,21 @@ class LaunchCost(Cost):
 def measure(dtype: torch.dtype, threads: int) -> Machine:
     """The best of many runs of the probes, as vectorised code of the best variant that runs here.
 
-    The rate is float32's, or that of bf16 pairs where `dtype` is bfloat16 and it is higher: wherever else a
-    kernel widens, and with enough rows that costs nothing.  Raises BuildError without a C++ compiler.
+    The rate is float32's, or for bfloat16 that of bf16 pairs or of AMX tiles where it is higher: wherever
+    else a kernel widens, and with enough rows that costs nothing.  Raises BuildError without a C++ compiler.
     """
     probe = _probes()
     weights = torch.zeros(_BUFFER, dtype=torch.uint8)
     pieces = range(0, _BUFFER, _PIECE)
     reads = [
-        probe.seconds("probe_read", weights.data_ptr() + at, _PIECE, streams, threads)
-        for streams in _STREAMS
-        for at in (*pieces, *pieces)
+        probe.number("probe_read", weights.data_ptr() + at, _PIECE, *way, threads)
+        for way in _WAYS
+        for at in pieces
     ]
-    kinds = {"probe_rate": 1}
-    if dtype == torch.bfloat16 and probe.has("probe_pairs"):
-        kinds["probe_pairs"] = 2
-    ones = torch.ones(64)
-    flops = probe.round_flops() * _ROUNDS * threads
-    rates = [
-        factor * flops / probe.seconds(name, ones.data_ptr(), _ROUNDS, threads)
-        for name, factor in kinds.items()
-        for _ in range(60)
-    ]
+    names = ["probe_rate"]
+    if dtype == torch.bfloat16:
+        names += [name for name in ("probe_pairs", "probe_tiles") if probe.has(name)]
+    rates = [probe.number(name, _ROUNDS, threads) for name in names for _ in range(60)]
     return Machine(_PIECE / min(reads), max(rates))
 
 
@@ -94,18 +89,12 @@ class _Probes:
     def has(self, name: str) -> bool:
         return hasattr(self._library, name)
 
-    def seconds(self, name: str, *values: int) -> float:
+    def number(self, name: str, *values: int) -> float:
+        """What a probe finds: its first argument is where it writes that."""
         out = ctypes.c_double()
-        self._call(name, ctypes.addressof(out), *values)
+        arguments = (ctypes.addressof(out), *values)
+        self._library[name]((ctypes.c_int64 * len(arguments))(*arguments))
         return out.value
-
-    def round_flops(self) -> int:
-        out = ctypes.c_int64()
-        self._call("probe_round_flops", ctypes.addressof(out))
-        return out.value
-
-    def _call(self, name: str, *values: int) -> None:
-        self._library[name]((ctypes.c_int64 * len(values))(*values))
 
 
 @cache

@@ -17,6 +17,7 @@ from dcompile.errors import ArtifactError
 from dcompile.runtime import weights
 from dcompile.runtime.archive import MANIFEST, Archive, open_archive
 from dcompile.runtime.plan import Plan
+from dcompile.runtime.processor import cpu_flags
 from dcompile.runtime.writing import FORMAT, ArtifactWriter, seal, write_artifact
 from dcompile.untrusted import is_safe, parse_json
 
@@ -160,17 +161,6 @@ def _check_files(archive: Archive, manifest: Mapping[str, Any], path: Path, veri
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(check, manifest["files"].items()):
             pass
-
-
-def cpu_flags() -> frozenset[str]:
-    """What the processor can do, in the kernel's words (`avx2`, `avx512_bf16`, `amx_bf16`, ...)."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.partition(":")[2].split())
-    except OSError:
-        pass
-    return frozenset()
 
 
 def _choose_isa(manifest: Mapping[str, Any], path: Path) -> str:

@@ -171,7 +171,7 @@ template <class T>
 static void attend_chunk(T *o, const T *q, const T *keys, const T *values, int64_t first,
                          int64_t M, int64_t limit, const AttendShape &s, AttendScratch &w) {
     const int64_t D = s.D, heads = s.H / s.G, stride = s.G * D, panels = div_up(M, PANEL);
-    const Tiling columns(D);
+    const Tiling columns = tiles_of<float>(D);
     auto at = [&](int64_t i) { return ((first + i) / heads * s.H + (first + i) % heads) * D; };
 
     for (int64_t p = 0; p < panels; p++) {
@@ -180,7 +180,7 @@ static void attend_chunk(T *o, const T *q, const T *keys, const T *values, int64
     }
     for (int64_t key = 0; key < limit; key += KEYS) {
         const int64_t n = min_of(KEYS, limit - key);
-        const Tiling tiles(n);
+        const Tiling tiles = tiles_of<float>(n);
         const int64_t next = min_of(KEYS, limit - key - n);
         read_values(w.v, values + key * stride, stride, n, D);
         read_keys(w.k, tiles, keys + key * stride, stride, D);

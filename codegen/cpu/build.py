@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 # sse4a stands for AMD: on Intel's cores vdpbf16ps has half the rate of float32 multiply-adds
 # (measured on Emerald Rapids: 82 GFLOP/s against 168), so these are better off with avx512.
 ISA_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "amx": (
+        *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"),
+        *("amx_tile", "amx_bf16", "avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"),
+    ),
     "avx512bf16": (
         *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "sse4a"),
         *("avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"),
@@ -40,6 +44,7 @@ ISA_FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 
 _MARCH: Mapping[str, tuple[str, ...]] = {
+    "amx": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512bf16": ("-march=x86-64-v4", "-mavx512bf16"),
     "avx512": ("-march=x86-64-v4",),
     "avx2": ("-march=x86-64-v3",),

@@ -1,73 +1,15 @@
-// One panel of a product: C[m, 32] = A[m, K] W[32, K]^T, the loop under linear, moe_ffn,
-// vocab_choice and attend.
-//
-// W comes packed (pack.py): panels of 32 output columns, zero-padded, each panel K-major:
-//     f32, f16   [K][32]
-//     bf16       [ceil(K/2)][32][2]      pairs along K, as vdpbf16ps reads them
-// A is copied into rows of constant stride, in blocks of KC along K: [ceil(K/KC)][m][LDA], as
-// float32, or as bf16 where the machine multiplies bf16 pairs.
+// The loop under linear, moe_ffn, vocab_choice and attend: C[m, 32] = A[m, K] W[32, K]^T for one panel.
 //
 // Each output is summed in float32 in the order of K within a block, then over blocks: the order
 // does not depend on m, so a row's bits do not depend on its neighbours.
 #pragma once
 
-#include "team.h"
-
-enum : int64_t { PANEL = 32, KC = 512 };
-
-#if defined(__AVX512F__)
-enum : int { MR = 14 };
-#else
-enum : int { MR = 6 };
-#endif
-
-template <class T> struct Operand {
-    typedef float A;
-    enum : int64_t { LDA = KC + 16 };
-};
-#if defined(__AVX512BF16__)
-template <> struct Operand<bf16> {
-    typedef bf16 A;
-    enum : int64_t { LDA = KC + 32 };
-};
-#endif
-
-
-// Elements along K that lie side by side for one column.
-template <class T> static constexpr int64_t pairs() { return 1; }
-template <> constexpr int64_t pairs<bf16>() { return 2; }
-
-template <class T> static inline int64_t padded_k(int64_t K) { return K; }
-template <> inline int64_t padded_k<bf16>(int64_t K) { return (K + 1) & ~int64_t(1); }
-
-template <class T> static inline int64_t panel_size(int64_t K) { return padded_k<T>(K) * PANEL; }
-template <class T> static inline int64_t packed_size(int64_t N, int64_t K) {
-    return div_up(N, PANEL) * panel_size<T>(K);
-}
-// Elements of A for one row.
-template <class T> static inline int64_t row_size(int64_t K) {
-    return div_up(K, KC) * Operand<T>::LDA;
-}
-
-// What to fetch while computing: the panel that comes next, at four places in turn, since the
-// hardware reads several streams faster than one.  The lines are spread evenly over the time: a
-// burst fills the queue of misses, and then the multiply-adds wait for memory too.
-struct Prefetch {
-    const char *at, *other, *third, *fourth;
-    int64_t step;
-};
+#include "amx.h"
+#include "panel.h"
 
 // ---- C[M, 32] (+)= A[M, kc] B[kc, 32]
 
-// With each 128 bytes of a panel, in each of the passes over it, so that `step` 64 makes two lines.
-static INLINE void fetch(Prefetch &f) {
-    constexpr int passes = PANEL / (2 * VL), lines = passes == 1 ? 2 : 1;
-    for (int i = 0; i < lines; i++) {
-        __builtin_prefetch(f.at, 0, 2);
-        const char *after = f.at + f.step * 2 / (passes * lines);
-        f.at = f.other, f.other = f.third, f.third = f.fourth, f.fourth = after;
-    }
-}
+enum : int { PASSES = PANEL / (2 * VL) };  // over a panel, of two vectors of columns each
 
 // sum stays in its register, since x and y are still needed: left alone, the compiler lets a
 // multiply-add overwrite one of its factors, and then moves sums about and spills them.
@@ -118,7 +60,7 @@ static INLINE void accumulate(Tile<M, 2> &tile, const float *a, const T *b, int6
     for (int64_t k = 0; k < kc; k++, b += PANEL) {
         const vf columns[2] = {load(b), load(b + VL)};
         tile.step(a + k, Operand<float>::LDA, columns);
-        if (sizeof(T) == 4 || (k & 1)) fetch(f);
+        if (sizeof(T) == 4 || (k & 1)) f.fetch(PASSES);
     }
 }
 
@@ -142,11 +84,11 @@ static INLINE void accumulate(Tile<M, 2> &tile, const float *a, const bf16 *b, i
         asm("" : : : "memory");
         const vf odd[2] = {high_half(b), high_half(b + 2 * VL)};
         tile.step(a + k + 1, Operand<float>::LDA, odd);
-        fetch(f);
+        f.fetch(PASSES);
     }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <int M>
 static INLINE void accumulate(Tile<M, 2> &tile, const bf16 *a, const bf16 *b, int64_t kc,
                               Prefetch &f) {
@@ -161,7 +103,7 @@ static INLINE void accumulate(Tile<M, 2> &tile, const bf16 *a, const bf16 *b, in
             tile.c[i][0] = (vf)_mm512_dpbf16_ps((__m512)tile.c[i][0], x, b0);
             tile.c[i][1] = (vf)_mm512_dpbf16_ps((__m512)tile.c[i][1], x, b1);
         }
-        fetch(f);
+        f.fetch(PASSES);
     }
 }
 #endif
@@ -208,37 +150,16 @@ static inline void gemm(int64_t m, const typename Operand<T>::A *a, const T *pan
     }
 }
 
-// ---- tiles of rows: as equal as can be, none above MR
-
-struct Tiling {
-    int64_t rows, count;
-
-    explicit Tiling(int64_t rows) : rows(rows), count(div_up(rows, MR)) {}
-    int64_t first(int64_t tile) const { return tile * rows / count; }
-    int64_t size(int64_t tile) const { return first(tile + 1) - first(tile); }
-};
-
-static INLINE void copy_row(float *to, const float *from, int64_t n) {
-    memcpy(to, from, size_t(n) * sizeof(float));
+#if defined(__AMX_BF16__)
+template <>
+inline void gemm<bf16>(int64_t m, const bf16 *a, const bf16 *panel, int64_t K, float *c, bool add,
+                       Prefetch f) {
+    if (m > TILE_ROWS)
+        tile_gemm<2>(m, a, panel, K, c, add, f);
+    else
+        tile_gemm<1>(m, a, panel, K, c, add, f);
 }
-static INLINE void copy_row(bf16 *to, const bf16 *from, int64_t n) {
-    memcpy(to, from, size_t(n) * sizeof(bf16));
-}
-template <class T> static INLINE void copy_row(float *to, const T *from, int64_t n) {
-    for (int64_t i = 0; i < n; i += VL) store_n(to + i, load_n(from + i, n - i), n - i);
-}
-
-// Copies m rows of x, row(i) being where the i-th starts, into a tile of A.
-template <class T, class Row>
-static inline void pack_rows(typename Operand<T>::A *a, int64_t m, int64_t K, Row &&row) {
-    for (int64_t k = 0; k < K; k += KC) {
-        const int64_t kc = min_of(KC, K - k);
-        for (int64_t i = 0; i < m; i++, a += Operand<T>::LDA) {
-            copy_row(a, row(i) + k, kc);
-            if (kc & 1) a[kc] = {};
-        }
-    }
-}
+#endif
 
 // C for all tiles of some rows against one panel, c [rows, 32]; meanwhile fetches the next panel.
 template <class T>
@@ -246,15 +167,14 @@ static inline void gemm_panel(const Tiling &tiles, int64_t first, int64_t last,
                               const typename Operand<T>::A *a, const T *panel, const T *next,
                               int64_t K, float *c) {
     const char *at = reinterpret_cast<const char *>(next ? next : panel);
-    const int64_t half = panel_size<T>(K) * sizeof(T) / 2;
+    const int64_t bytes = panel_size<T>(K) * sizeof(T);
     for (int64_t t = first; t < last; t++) {
         // One tile fetches all of the panel, or the first two half of it each.
         const int64_t row = tiles.first(t), tile = t - first;
-        const bool alone = last - first == 1, fetches = next && tile < 2;
-        const char *from = at + (fetches ? tile * half : 0);
-        const int64_t part = alone ? half / 2 : half / 4;
-        Prefetch f{from, from + part, from + 2 * part, from + 3 * part, 0};
-        if (fetches) f.step = alone ? 64 : 32;
+        const int64_t parts = last - first == 1 ? 1 : 2;
+        const bool fetches = next && tile < parts;
+        const Prefetch f(at + (fetches ? tile * (bytes / parts) : 0), bytes / parts,
+                         fetches ? 128 / parts : 0);
         gemm<T>(tiles.size(t), a + row * row_size<T>(K), panel, K, c + row * PANEL, false, f);
     }
 }

@@ -30,11 +30,12 @@ static void linear(T *y, const T *x, const T *w, const T *bias, const T *residua
     if (R <= 0 || N <= 0) return;
     const int64_t threads = threads_for(N * K * max_of(R, 4) / 4);
     const int64_t row_bytes = row_size<T>(K) * sizeof(A);
+    const int64_t MR = Operand<T>::MR;
     const int64_t block = max_of(4 * MR, (3 << 19) / max_of(row_bytes, 1) / MR * MR);
     const int64_t panels = div_up(N, PANEL), size = panel_size<T>(K);
 
     for (int64_t r0 = 0; r0 < R; r0 += block) {
-        const Tiling tiles(min_of(block, R - r0));
+        const Tiling tiles = tiles_of<T>(min_of(block, R - r0));
         // Few panels: the rows are shared out as well.
         const int64_t shares = panels >= 4 * threads ? 1 : min_of(tiles.count, div_up(4 * threads, panels));
         Carve carve{scratch(tiles.rows * row_bytes + threads * (tiles.rows * PANEL * 4 + 128) + 256)};

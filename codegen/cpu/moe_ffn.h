@@ -42,6 +42,7 @@ struct Sorted {
     int64_t *row, *place;            // row of a slot; slot of a (row, j), -1 where there is none
 };
 
+template <class T>
 static void sort_slots(Sorted &s, Carve &carve, const int32_t *experts, int64_t R, int64_t E,
                        int64_t k) {
     int64_t *count = carve.take<int64_t>(E + 1);
@@ -56,7 +57,7 @@ static void sort_slots(Sorted &s, Carve &carve, const int32_t *experts, int64_t 
         if (experts[i] >= 0 && experts[i] < E) count[experts[i]]++;
     s.slots = s.touched = s.tiles = 0;
     for (int64_t e = 0; e < E; e++) {
-        const Tiling tiles(count[e]);
+        const Tiling tiles = tiles_of<T>(count[e]);
         if (!count[e]) continue;
         s.expert[s.touched] = e, s.first[s.touched] = s.slots;
         s.first_tile[s.touched++] = s.tiles;
@@ -92,7 +93,7 @@ static INLINE void expert_panel(const Sorted &s, int64_t e, int64_t p,
                                 const typename Operand<T>::A *a, const T *panel, const T *next,
                                 int64_t K, float *out) {
     const int64_t slot = s.first[e];
-    gemm_panel<T>(Tiling(s.first[e + 1] - slot), 0, s.first_tile[e + 1] - s.first_tile[e],
+    gemm_panel<T>(tiles_of<T>(s.first[e + 1] - slot), 0, s.first_tile[e + 1] - s.first_tile[e],
                   a + slot * row_size<T>(K), panel, next, K, out + (p * s.slots + slot) * PANEL);
 }
 
@@ -130,7 +131,7 @@ static void activate_columns(const Sorted &s, int64_t e, int64_t f0, int64_t f1,
                 if (bias) gate += load_n(bias + f, n), up += load_n(bias + F + f, n);
                 store_n(a + (f - block * KC), rounded<T>(activate(gate, shape.activation) * up), n);
             }
-            if (f1 & 1) a[f1 - block * KC] = {};
+            for (int64_t f = f1 - block * KC; f % Operand<T>::STEP; f++) a[f] = {};
         }
     }
 }
@@ -186,7 +187,7 @@ template <class T> struct MoeScratch {
 
     MoeScratch(Carve &carve, const int32_t *experts, int64_t R, const MoeShape &s) {
         const int64_t slots = R * s.k;
-        sort_slots(sorted, carve, experts, R, s.E, s.k);
+        sort_slots<T>(sorted, carve, experts, R, s.E, s.k);
         x = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.D));
         act = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.F));
         hidden = out = carve.take<float>(slots * div_up(max_of(2 * s.F, s.D), PANEL) * PANEL);

@@ -230,7 +230,7 @@ static void choose_rows(const ChoiceOut &out, const T *x, const T *w, const T *b
     const int64_t panels = div_up(V, PANEL), blocks = div_up(V, BLOCK), per = BLOCK / PANEL;
     const int64_t threads = threads_for(V * D * max_of(4, count) / 4);
     const int64_t row_fields = blocks * FIELDS;
-    const Tiling tiles(count);
+    const Tiling tiles = tiles_of<T>(count);
 
     Carve measure{nullptr};
     measure.take<A>(count * row_size<T>(D)), measure.take<float>(count * row_fields);

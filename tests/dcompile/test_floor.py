@@ -16,8 +16,8 @@ from dcompile.driver import compile_checkpoint
 from dcompile.floor import Cost, Machine, measure, step_cost, touched_experts
 from dcompile.options import Options
 from dcompile.profile.watch import Observer
-from dcompile.runtime.artifact import cpu_flags
 from dcompile.runtime.loop import Runner
+from dcompile.runtime.processor import cpu_flags
 
 NOISE = 1.15  # a bound measured beside other work may itself be a little low
 

@@ -63,3 +63,10 @@ def test_runnable_takes_the_best_that_the_cpu_has() -> None:
     flags = [*build.ISA_FLAGS["avx2"], "sse"]
     assert build.runnable(flags) in (("avx2", "base"), ("base",))
     assert build.runnable([])[-1] == "base"
+
+
+def test_amx_comes_before_the_others() -> None:
+    flags = {flag for needed in build.ISA_FLAGS.values() for flag in needed}
+    if "amx" in build.isas():
+        assert build.runnable([*flags])[0] == "amx"
+        assert build.runnable([*(flags - {"amx_tile"})])[0] == "avx512bf16"

@@ -18,21 +18,14 @@ from hypothesis import strategies as st
 from native import Library, Value
 
 from dcompile.codegen.cpu import build, pack
+from dcompile.runtime.processor import cpu_flags
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 CLOSE = {"f32": 1e-6, "bf16": 5e-3, "f16": 1e-3}
 
 
-def _cpu_flags() -> list[str]:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split() for line in file if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return []
-
-
 # sse4a says where avx512bf16 is worth taking, not where it runs.
-ISAS = build.runnable([*_cpu_flags(), "sse4a"])
+ISAS = build.runnable([*cpu_flags(), "sse4a"])
 
 few = settings(
     max_examples=25,

@@ -1,0 +1,95 @@
+// bf16 panels on AMX tiles: C[m, 32] (+)= A[m, K] B[K, 32] for up to 32 rows.
+//
+// A tile is 16 rows of 64 bytes.  A panel of 32 columns, packed in pairs along K, is two B tiles side
+// by side, read where it lies; A gives one tile for each 16 rows:
+//
+//     tmm0 tmm1      tmm4      x   tmm6 tmm7
+//     tmm2 tmm3  +=  tmm5
+//
+// tdpbf16ps takes 32 of K at a time, adds up even and odd products in float32, and treats denormals as
+// zero.  Rows do not meet, and the order along K is the same for any number of them.
+#pragma once
+
+#include "panel.h"
+
+#if defined(__AMX_BF16__)
+
+enum : int64_t { TILE_ROWS = 16, TILE_K = Operand<bf16>::STEP, TILE_COLUMNS = 16 };
+
+struct TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    INLINE void tile(int i, int64_t n) { rows[i] = uint8_t(n), bytes[i] = 64; }
+};
+
+// The tiles of a thread, while this lives.  Left in use they would cost 8 KB at every switch of threads.
+struct Tiles {
+    explicit INLINE Tiles(const TileConfig &config) {
+        asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+    }
+    INLINE ~Tiles() { asm volatile("tilerelease" : : : "memory"); }
+};
+
+// A step of 32 along K: HALVES tiles of rows against a panel's two tiles of columns.
+template <int HALVES> static INLINE void tile_step(const bf16 *a, const bf16 *b) {
+    constexpr int64_t row = 4 * PANEL, lda = 2 * Operand<bf16>::LDA;
+    _tile_loadd(6, b, row);
+    _tile_loadd(4, a, lda);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + 2 * TILE_COLUMNS, row);
+    _tile_dpbf16ps(1, 4, 7);
+    if (HALVES == 2) {
+        _tile_loadd(5, a + TILE_ROWS * Operand<bf16>::LDA, lda);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// The last step, of fewer than 32: what is missing of the panel is zero, as it is of A.
+template <int HALVES>
+static __attribute__((noinline)) void tile_tail(const bf16 *a, const bf16 *b, int64_t k) {
+    alignas(64) bf16 whole[TILE_K * PANEL] = {};
+    memcpy(whole, b, size_t(padded_k<bf16>(k) * PANEL) * sizeof(bf16));
+    asm volatile("" : : : "memory");  // a load of tiles does not say that it reads
+    tile_step<HALVES>(a, whole);
+}
+
+template <int HALVES>
+static inline void tile_gemm(int64_t m, const bf16 *a, const bf16 *b, int64_t K, float *c,
+                             bool add, Prefetch f) {
+    constexpr int64_t row = 4 * PANEL;
+    float *lower = c + TILE_ROWS * PANEL;
+    TileConfig config;
+    const int64_t rows[2] = {min_of(m, TILE_ROWS), m - TILE_ROWS};
+    for (int h = 0; h < HALVES; h++)
+        config.tile(2 * h, rows[h]), config.tile(2 * h + 1, rows[h]), config.tile(4 + h, rows[h]);
+    config.tile(6, TILE_K / 2), config.tile(7, TILE_K / 2);
+    const Tiles tiles(config);  // all zero
+    if (add) {
+        _tile_loadd(0, c, row);
+        _tile_loadd(1, c + TILE_COLUMNS, row);
+        if (HALVES == 2) {
+            _tile_loadd(2, lower, row);
+            _tile_loadd(3, lower + TILE_COLUMNS, row);
+        }
+    }
+    for (int64_t k0 = 0; k0 < K; k0 += KC, a += m * Operand<bf16>::LDA) {
+        const int64_t kc = min_of(KC, K - k0);
+        int64_t k = 0;
+        for (; k + TILE_K <= kc; k += TILE_K, b += TILE_K * PANEL) {
+            f.fetch_for(TILE_K * PANEL * 2);
+            tile_step<HALVES>(a + k, b);
+        }
+        if (k < kc) tile_tail<HALVES>(a + k, b, kc - k);
+    }
+    _tile_stored(0, c, row);
+    _tile_stored(1, c + TILE_COLUMNS, row);
+    if (HALVES == 2) {
+        _tile_stored(2, lower, row);
+        _tile_stored(3, lower + TILE_COLUMNS, row);
+    }
+}
+
+#endif
