@@ -329,14 +329,18 @@ def profile(
 def verify(
     artifact: _ArtifactPath,
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that it came from.")],
+    run_model: Annotated[
+        bool,
+        typer.Option("--run/--no-run", help="Also run each pass's program, and each layer."),
+    ] = True,
     quiet: _Quiet = False,
 ) -> None:
-    """Compare an artifact with the plain reference of its checkpoint."""
+    """Compare an artifact with its checkpoint: each pass, each stored value, each layer."""
     from dcompile.verify import verify as verify_artifact
 
     with _progress(quiet) as progress:
-        progress("comparing")
-        report = verify_artifact(artifact, checkpoint)
+        progress("loading")
+        report = verify_artifact(artifact, checkpoint, run_model=run_model, progress=progress)
     typer.echo(report.rstrip("\n"))
 
 

@@ -314,15 +314,32 @@ def _texts(
 def _manifest(
     origin: Origin, options: Options, program: Program, kernels: Mapping[str, bytes]
 ) -> dict[str, Any]:
-    spec = origin.spec
-    assert options.policy is not None
-    policy = find_policy(options.policy, options.score)
-    vocab = spec.vocab_size or _vocabulary(program)
     return {
         "dcompile": version("dcompile"),
         "target": "cpu",
         "machine": platform.machine(),
         "checkpoint": origin.digest,
+        **manifest_facts(origin, options, program),
+        "options": options.record(),
+        "kernels": {
+            "isas": {
+                isa: {
+                    "requires": list(ISA_FLAGS[isa]),
+                    "files": [name for name in kernels if name.startswith(f"kernels/{isa}/")],
+                }
+                for isa in isas()
+            }
+        },
+    }
+
+
+def manifest_facts(origin: Origin, options: Options, program: Program) -> dict[str, dict[str, Any]]:
+    """What an artifact's manifest says of its model and its policy."""
+    spec = origin.spec
+    assert options.policy is not None
+    policy = find_policy(options.policy, options.score)
+    vocab = spec.vocab_size or _vocabulary(program)
+    return {
         "model": {
             "family": spec.family,
             "vocab_size": vocab,
@@ -333,20 +350,10 @@ def _manifest(
             "dtype": options.dtype,
             "max_positions": spec.max_positions,
         },
-        "options": options.record(),
         "policy": {
             "name": policy.name,
             "parameters": _parameters(policy, options, spec),
             "state": [{"name": n, "reset": s.reset} for n, s in policy.state.items()],
-        },
-        "kernels": {
-            "isas": {
-                isa: {
-                    "requires": list(ISA_FLAGS[isa]),
-                    "files": [name for name in kernels if name.startswith(f"kernels/{isa}/")],
-                }
-                for isa in isas()
-            }
         },
     }
 

@@ -55,7 +55,7 @@ class Step(nn.Module):
         state: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
         ids = canvas[row_seq, row_pos]
-        logits = _logits(self.model(ids[None]))[0]
+        logits = logits_of(self.model(ids[None]))[0]
         place = (block_seq[:, None], block_pos)
         clocks = (iteration, entered, temperature, seed, tick)
         written = write_tokens(
@@ -71,7 +71,7 @@ class Step(nn.Module):
         return updated, written.done, written.commit, written.token, written.confidence, *kept
 
 
-def _logits(out: object) -> Tensor:
+def logits_of(out: object) -> Tensor:
     """A model may return the logits, a tuple that begins with them, or an object with `.logits`."""
     if isinstance(out, Tensor):
         return out

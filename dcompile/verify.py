@@ -1,109 +1,281 @@
-"""Compare an artifact with the checkpoint that it is said to come from, tensor by tensor and by running it."""
+"""Compare an artifact with the checkpoint that it is said to come from: stages, tensors, plan, layers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Node
 
-from dcompile.bench import _options, prepare, step_inputs
-from dcompile.codegen.lower import lower, stored_tensors
-from dcompile.driver import open_origin, settle, trace_origin
+from dcompile.bench import _options
+from dcompile.codegen.launches import Launch, Value
+from dcompile.codegen.lower import Lowered, lower, stored_tensors
+from dcompile.driver import Origin, Progress, manifest_facts, open_origin, settle, trace_origin
 from dcompile.errors import VerificationError
-from dcompile.ir import ops
+from dcompile.ir.program import Program
 from dcompile.options import Options
 from dcompile.pipeline import run
+from dcompile.runtime.artifact import Artifact
+from dcompile.runtime.launch import Executor
 from dcompile.runtime.loop import Runner
+from dcompile.runtime.state import Binding
+from dcompile.stages import TOLERANCE, Case, Recorded, Stages, cases, distance
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+_AGAIN = "compile the checkpoint again with this version"
+_REPORT = "report it, with the artifact's report.txt"
+LAUNCH_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 4e-3}
+"""Of a norm, for one launch on given values."""
+_FEW = 0.25
+"""Share of a launch's whole numbers (experts, tokens) that rounding may decide otherwise."""
 
 
-def verify(artifact: str | Path, checkpoint: str | Path, *, run_model: bool = True) -> str:
-    """Raise VerificationError at the first departure; a sentence of what was compared otherwise.
+@dataclass
+class Compiled:
+    """A checkpoint compiled again as an artifact says that it was, up to the native code."""
 
-    Every stored tensor is made again from the checkpoint and compared bit by bit (weights, rotary
-    tables, stacked experts); then one step is run beside the plain reference, at several lengths.
+    origin: Origin
+    options: Options
+    program: Program
+    lowered: Lowered
+    stages: Stages | None
+
+
+def verify(
+    artifact: str | Path,
+    checkpoint: str | Path,
+    *,
+    run_model: bool = True,
+    progress: Progress = lambda _: None,
+) -> str:
+    """Raise VerificationError at the first departure; a sentence for each comparison otherwise.
+
+    Each pass's program is run by the interpreter beside the eager module. Every stored tensor is made again
+    and compared bit by bit, and the plan and what the manifest says of the model with what the compiler makes.
+    Then each launch of one step is compared with the last stage, layer by layer. Without `run_model` nothing
+    is run.
     """
     runner = Runner.load(artifact)
-    manifest = runner.artifact.manifest
-    options = Options(**_options(manifest["options"]))
-    origin = open_origin(Path(checkpoint), options)
+    made = compile_again(Path(checkpoint), runner.artifact.manifest["options"], run_model, progress)
+    lines = []
+    if made.stages is not None:
+        count = len(made.stages.passed)
+        lines.append(f"{count} stages: within {made.stages.worst:.1e} of the eager module\n")
+    progress("tensors")
+    lines.append(compare_tensors(runner.artifact, made))
+    compare_plan(runner.artifact, made)
+    if made.stages is not None:
+        progress("layers")
+        lines.append(compare_layers(runner, made))
+    return "".join(lines)
+
+
+def compile_again(
+    checkpoint: Path,
+    recorded: Mapping[str, Any],
+    run_model: bool = True,
+    progress: Progress = lambda _: None,
+) -> Compiled:
+    """Compile with an artifact's recorded options; raises VerificationError at a pass that departs."""
+    options = Options(**_options(recorded))
+    origin = open_origin(checkpoint, options)
     settled = replace(settle(options, origin.spec), stop_after=None)
-    program = trace_origin(origin, settled, getattr(torch, settled.dtype), lambda _: None)
-    run(program, settled)
-    lowered = lower(program)
-    stored = {tensor for tensor, _, _ in lowered.stored}
-    held = {b.tensor for b in runner.artifact.plan.buffers if b.kind == "weight"}
+    dtype = getattr(torch, settled.dtype)
+    program = trace_origin(origin, settled, dtype, lambda _: None)
+    stages = None
+    if run_model:
+        progress("reading the model")
+        model = _eager(checkpoint, origin, options).to(dtype)
+        facts = manifest_facts(origin, settled, program)
+        vocab = int(facts["model"]["vocab_size"])
+        inputs = cases(program.shape, vocab)
+        stages = Stages(model, origin.read, facts["policy"]["parameters"], inputs)
+    run(program, settled, stages, progress)
+    return Compiled(origin, settled, program, lower(program), stages)
+
+
+def _eager(checkpoint: Path, origin: Origin, options: Options) -> nn.Module:
+    if not origin.runs:
+        return origin.build()
+    from dcompile.frontends.checkpoint import open_checkpoint
+
+    return open_checkpoint(checkpoint, mask_id=options.mask_id).reference()
+
+
+def compare_tensors(artifact: Artifact, made: Compiled) -> str:
+    """Every stored tensor, bit by bit."""
+    stored = {tensor for tensor, _, _ in made.lowered.stored}
+    held = {b.tensor for b in artifact.plan.buffers if b.kind == "weight"}
     if stored != held:
         odd = ", ".join(sorted(stored ^ held)[:4])
         raise VerificationError(
             f"the artifact holds other tensors than this compiler makes: {odd}",
-            where=str(artifact),
-            remedy="compile the checkpoint again with this version",
+            where=str(artifact.path),
+            remedy=_AGAIN,
         )
     count = 0
-    for name, wanted in stored_tensors(program, lowered, origin.read):
-        _same_bits(name, wanted, runner.artifact.weights(name))
+    for name, wanted in stored_tensors(made.program, made.lowered, made.origin.read):
+        _same_bits(name, wanted, artifact.weights(name), _layer(made, name))
         count += wanted.numel()
-    text = f"{len(stored)} tensors, {count:,} values: equal\n"
-    if run_model and origin.runs:
-        text += _run_beside(runner, Path(checkpoint), options)
-    return text
+    return f"{len(stored)} tensors, {count:,} values: equal\n"
 
 
-def _same_bits(name: str, wanted: Tensor, found: Tensor) -> None:
+def _layer(made: Compiled, tensor: str) -> str:
+    """Whose tensor it is, as the plan's launches say."""
+    index = next(
+        i for i, b in enumerate(made.lowered.plan["buffers"]) if b["place"].get("tensor") == tensor
+    )
+    for launch in made.lowered.plan["launches"]:
+        if any(isinstance(a, dict) and a.get("b") == index for a in launch["args"]):
+            return f"layer {launch['layer']}" if launch["layer"] is not None else launch["role"]
+    return "the step"
+
+
+def _same_bits(name: str, wanted: Tensor, found: Tensor, layer: str) -> None:
     a, b = (t.reshape(-1).view(torch.uint8) for t in (wanted, found))
     if a.shape == b.shape and torch.equal(a, b):
         return
+    where = f"{name}, of {layer}"
     if wanted.numel() != found.numel():
-        raise VerificationError(f"tensor {name} has {found.numel()} values, not {wanted.numel()}")
+        what = f"tensor {name} has {found.numel()} values, not {wanted.numel()}"
+        raise VerificationError(what, where=where, remedy=_AGAIN)
     differ = (wanted.reshape(-1) != found.reshape(-1)).sum()
     raise VerificationError(
         f"tensor {name} departs from the checkpoint in {int(differ)} of {wanted.numel()} values",
-        where=name,
+        where=where,
         remedy="compile the checkpoint again",
     )
 
 
-def _run_beside(runner: Runner, checkpoint: Path, options: Options) -> str:
-    """Confidences of one whole step against softmax(reference logits)."""
-    from dcompile.frontends.checkpoint import open_checkpoint
+def compare_plan(artifact: Artifact, made: Compiled) -> None:
+    """The plan, and what the manifest says of model and policy, are what the compiler makes."""
+    plan, wanted = artifact.plan.text, made.lowered.plan
+    for index, (launch, other) in enumerate(
+        zip(plan["launches"], wanted["launches"], strict=False)
+    ):
+        if launch != other:
+            where = f"launch {index}, {other['name']}, layer {other['layer']}"
+            raise VerificationError("the plan launches something else", where=where, remedy=_AGAIN)
+    if different := sorted(k for k in {*plan, *wanted} if plan.get(k) != wanted.get(k)):
+        what = f"the plan's {different[0]} are not what this compiler makes"
+        raise VerificationError(what, where=str(artifact.path), remedy=_AGAIN)
+    facts = manifest_facts(made.origin, made.options, made.program)
+    for part, values in facts.items():
+        held = artifact.manifest.get(part)
+        # What was added to an artifact later, such as a calibrated threshold, stands beside.
+        if held != values and not _calibrated(part, held, values):
+            what = f"the manifest's {part} is not what the checkpoint and options give"
+            raise VerificationError(what, where=str(artifact.path), remedy=_AGAIN)
 
-    model = runner.artifact.manifest["model"]
-    block = runner.artifact.manifest["options"]["block_length"]
-    longest = runner.artifact.manifest["options"]["max_length"]
-    reference = open_checkpoint(checkpoint, mask_id=options.mask_id).reference()
-    reference = reference.to(getattr(torch, model["dtype"]))
-    worst = 0.0
-    lengths = sorted({min(block * k, longest // block * block) for k in (1, 2, 5)})
-    for context in lengths:
-        executor = runner.executor
-        plan = runner.artifact.plan
-        parameters = runner.artifact.manifest["policy"]["parameters"]
-        inputs = step_inputs(list(plan.inputs), context, block, context, parameters)
-        if model["block_length"] is not None:
-            span = model["block_length"]
-            inputs["row_limit"] = (inputs["row_pos"] // span + 1) * span
-        if model["shift"]:
-            inputs["choice_row"] = (inputs["choice_row"] - 1).clamp_min(0)
-        canvas = executor.state["canvas"]
-        prepare(canvas, context, block, model["mask_id"], model["vocab_size"])
-        ids = canvas[:1, :context].clone()
-        got = executor.step(inputs)["confidence"].clone()
-        with torch.no_grad():
-            logits = reference(ids)[0][inputs["choice_row"][0]][None]
-        nothing = torch.zeros(1, dtype=torch.int64)
-        live = torch.ones(1, block, dtype=torch.bool)
-        wanted = ops.choose(
-            logits, live, torch.zeros(1), nothing, nothing, inputs["block_pos"], model["mask_id"]
-        )[1]
-        worst = max(worst, float((got - wanted).norm() / wanted.norm()))
-    if not worst <= TOLERANCE[model["dtype"]]:
+
+def _calibrated(part: str, held: Any, values: Mapping[str, Any]) -> bool:
+    """Whether only the policy's default parameters differ, which `calibrate --record` changes."""
+    if part != "policy" or not isinstance(held, dict):
+        return False
+    mine, others = held.get("parameters"), values["parameters"]
+    rest = {k: v for k, v in held.items() if k != "parameters"}
+    return (
+        isinstance(mine, dict)
+        and mine.keys() == others.keys()
+        and all(type(v) in (int, float) and abs(v) < 1e30 for v in mine.values())
+        and rest == {k: v for k, v in values.items() if k != "parameters"}
+    )
+
+
+def compare_layers(runner: Runner, made: Compiled) -> str:
+    """One step beside the eager module, and each of its launches beside the last stage.
+
+    Each launch is given the last stage's values, so that what it departs by is its own; raises at the first.
+    """
+    assert made.stages is not None
+    worst, whole = 0.0, 0.0
+    for case, wanted in zip(made.stages.inputs, made.stages.wanted, strict=True):
+        worst = max(worst, _compare_launches(runner.executor, made, case))
+        outputs = _prepare(runner.executor, made, case)
+        runner.executor.launch(outputs)
+        live = wanted["live"]
+        got = outputs.outputs["confidence"]
+        whole = max(whole, distance(got[live], wanted["confidence"][live]))
+    if not whole <= TOLERANCE[made.program.shape.dtype]:
         raise VerificationError(
-            f"the artifact's confidences depart from the plain model's by {worst:.2e} of their norm",
+            f"the artifact's confidences depart from the eager module's by {whole:.1e} of their norm",
             where=str(runner.artifact.path),
-            remedy="report it, with the artifact's report.txt",
+            remedy=_REPORT,
         )
-    return f"one step at lengths {lengths}: confidences within {worst:.1e} of the plain model's\n"
+    lengths = ", ".join(str(case.length) for case in made.stages.inputs)
+    count = len(made.lowered.launches)
+    return (
+        f"{count} launches, each within {worst:.1e} of the last stage; one step at lengths {lengths}: "
+        f"confidences within {whole:.1e} of the eager module's\n"
+    )
+
+
+def _prepare(executor: Executor, made: Compiled, case: Case) -> Binding:
+    """The artifact's buffers with a case's inputs in them."""
+    values = _arguments(made, case)
+    for name, state in executor.state.items():
+        state.copy_(values[name])
+    return executor.fill({n: values[n] for n in executor.plan.inputs})
+
+
+def _arguments(made: Compiled, case: Case) -> dict[str, Tensor]:
+    assert made.stages is not None
+    arguments = made.stages.arguments(made.program, case)
+    return dict(zip((i.name for i in made.program.inputs), arguments, strict=True))
+
+
+def _compare_launches(executor: Executor, made: Compiled, case: Case) -> float:
+    recorded = Recorded(made.program)
+    with torch.no_grad():
+        recorded.run(*_arguments(made, case).values())
+    binding = _prepare(executor, made, case)
+    worst, limit = 0.0, LAUNCH_TOLERANCE[made.program.shape.dtype]
+    for index, launch in enumerate(made.lowered.launches):
+        text = made.lowered.plan["launches"][index]
+        for node, buffer in _reads(launch, text["args"]):
+            value = recorded.values.get(node)
+            target = binding.tensor(buffer)
+            if value is not None and value.numel() == target.numel():
+                target.copy_(value.reshape(target.shape))
+        executor.launch(binding, part=(index, index + 1))
+        for node, buffer in _writes(launch, text["writes"]):
+            value = recorded.values.get(node)
+            # What is decided outside of layers, rounding may decide otherwise; by what, is compared.
+            if value is None or (not value.is_floating_point() and text["layer"] is None):
+                continue
+            away = distance(binding.tensor(buffer).reshape(value.shape), value)
+            allowed = limit if value.is_floating_point() else _FEW
+            if not away <= allowed:
+                layer = text["layer"]
+                whose = f"layer {layer}" if layer is not None else "the step"
+                raise VerificationError(
+                    f"{whose} departs from the last stage: {node.name} by {away:.1e}, {allowed:.0e} is "
+                    "allowed",
+                    where=f"launch {index}, {text['name']}, length {case.length}",
+                    remedy=_REPORT,
+                )
+            worst = max(worst, away if value.is_floating_point() else 0.0)
+    return worst
+
+
+def _reads(launch: Launch, text: list[Any]) -> Iterator[tuple[Node, int]]:
+    """The computed values that a launch takes, with the plan's buffers of them."""
+    given = launch.args if launch.kind == "native" else launch.node.args
+    for argument, said in zip(given, text, strict=True):
+        several: Any = argument if isinstance(said, list) else [argument]
+        for one, place in zip(several, said if isinstance(said, list) else [said], strict=True):
+            node = one.node if isinstance(one, Value) and not one.offset else one
+            if isinstance(node, Node) and node.op == "call_function" and isinstance(place, dict):
+                yield node, place["b"]
+
+
+def _writes(launch: Launch, buffers: list[int | None]) -> list[tuple[Node, int]]:
+    """The values that a launch computes, with the plan's buffers of them."""
+    written = [index for index in buffers if index is not None]
+    nodes = list(launch.writes)
+    if launch.kind == "aten" and isinstance(launch.node.meta["val"], (tuple, list)):
+        nodes.sort(key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
+    return list(zip(nodes, written, strict=False))
