@@ -15,7 +15,7 @@ from torch import Tensor
 from dcompile.errors import OptionError
 from dcompile.floor import LaunchCost, Machine, measure, step_cost, touched_experts
 from dcompile.options import Options
-from dcompile.runtime.launch import Executor
+from dcompile.runtime.backend import Backend
 from dcompile.runtime.loop import Runner
 
 Step = Callable[[Mapping[str, Tensor]], object]
@@ -212,7 +212,7 @@ def bench(
 
 
 def _parts(
-    executor: Executor,
+    executor: Backend,
     inputs: Mapping[str, Tensor],
     reset: Callable[[], None],
     costs: Sequence[LaunchCost],

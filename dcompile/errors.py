@@ -56,6 +56,14 @@ class ArtifactError(DcompileError):
     """An artifact is damaged, altered, of another version, or made for another machine."""
 
 
+class WrongArchitecture(ArtifactError):
+    """An artifact holds no code for this machine's GPU."""
+
+
+class DeviceError(DcompileError):
+    """There is no GPU or no driver, or the driver refuses what is asked."""
+
+
 class BuildError(DcompileError):
     """The machine lacks something that emitting code needs, such as a C++ compiler."""
 

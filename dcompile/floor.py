@@ -18,7 +18,7 @@ import torch
 from dcompile.codegen.cpu.build import build, library_headers, runnable
 from dcompile.errors import BuildError
 from dcompile.ir.sizes import evaluate
-from dcompile.runtime.launch import Executor
+from dcompile.runtime.backend import Backend
 from dcompile.runtime.processor import cpu_flags
 from dcompile.runtime.state import Binding
 
@@ -106,7 +106,7 @@ def _probes() -> _Probes:
     return _Probes(build(sources, isas[:1])[isas[0]])
 
 
-def touched_experts(executor: Executor, binding: Binding) -> dict[str, int]:
+def touched_experts(executor: Backend, binding: Binding) -> dict[str, int]:
     """How many experts each `moe_ffn` of one step reads, by launch name; the step is run for it."""
     counts, at = {}, 0
     for index, launch in enumerate(executor.plan.launches):

@@ -25,6 +25,7 @@ __all__ = ["Artifact", "ArtifactWriter", "open_artifact", "write_artifact"]
 
 _AGAIN = "compile the model again, or copy the artifact again from where it came"
 _HERE = "compile the model again on this machine"
+TARGETS = ("cpu", "cuda")
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Artifact:
     manifest: Mapping[str, Any]
     plan: Plan
     isa: str
+    """The variant of the native code that is run; none on a GPU."""
     _archive: Archive = field(repr=False)
     _tensors: dict[str, weights.Entry] = field(default_factory=dict, repr=False)
 
@@ -92,7 +94,11 @@ def open_artifact(path: str | Path, verify: bool = True) -> Artifact:
     manifest = _manifest(archive, path)
     _check_files(archive, manifest, path, verify)
     plan = Plan.read(_json(archive, "plan.json", path), f"{path}: plan.json")
-    isa = _choose_isa(manifest, path)
+    on_gpu = manifest["target"] == "cuda"
+    if any((launch.where == "cuda") != on_gpu for launch in plan.launches):
+        what = f"the plan launches what does not run on the target, {manifest['target']}"
+        raise ArtifactError(what, where=f"{path}: plan.json", remedy=_AGAIN)
+    isa = "" if on_gpu else _choose_isa(manifest, path)
     artifact = Artifact(path, manifest, plan, isa, archive)
     for name, entry in _entries(artifact):
         if name in artifact._tensors:
@@ -132,10 +138,10 @@ def _manifest(archive: Archive, path: Path) -> dict[str, Any]:
         raise refuse(what, f"compile the model again (it was dcompile {body['dcompile']})")
     if body.get("sha256") != seal(body):
         raise refuse("the manifest is damaged or was altered", _AGAIN)
-    if body.get("target") != "cpu":
-        what = f"the artifact was compiled for {body.get('target')!r}, this runtime runs 'cpu'"
+    if body.get("target") not in TARGETS:
+        what = f"the artifact was compiled for {body.get('target')!r}, this runtime runs {TARGETS}"
         raise refuse(what, "compile the model again with --target cpu")
-    if body.get("machine") != platform.machine():
+    if body["target"] == "cpu" and body.get("machine") != platform.machine():
         what = f"the artifact is for {body.get('machine')!r}, this machine is {platform.machine()}"
         raise refuse(what, _HERE)
     for key in ("model", "options", "policy", "kernels", "files"):

@@ -99,7 +99,7 @@ class Executor:
             strict=artifact.describes_kernels,
         )
         self.memory = Memory(artifact)
-        if any(native for native, *_ in self.plan.regions):
+        if any(kind == "native" for kind, *_ in self.plan.regions):
             self._run = self._function("dc_run", ctypes.c_void_p, ctypes.c_int64)
             self._run_timed = self._function(
                 "dc_run_timed", ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
@@ -109,8 +109,8 @@ class Executor:
             self._set_threads = _ignore
         self._templates = [
             _Template(self.plan.launches[start:end], self._operators[start:end])
-            for native, start, end in self.plan.regions
-            if native
+            for kind, start, end in self.plan.regions
+            if kind == "native"
         ]
 
     @property
@@ -146,8 +146,10 @@ class Executor:
         if binding.calls is None:
             templates = iter(self._templates)
             binding.calls = [
-                next(templates).bind(binding) if native else self._torch_calls(binding, start, end)
-                for native, start, end in self.plan.regions
+                next(templates).bind(binding)
+                if kind == "native"
+                else self._torch_calls(binding, start, end)
+                for kind, start, end in self.plan.regions
             ]
         return binding
 

@@ -16,6 +16,7 @@ import torch
 
 from dcompile.errors import ArtifactError, ContractError
 from dcompile.runtime.artifact import Artifact, open_artifact
+from dcompile.runtime.backend import Backend, open_backend
 from dcompile.runtime.caches import (
     CachePolicy,
     Moment,
@@ -24,7 +25,6 @@ from dcompile.runtime.caches import (
     reads_tokens,
     stores_blocks,
 )
-from dcompile.runtime.launch import Executor
 from dcompile.runtime.plan import Plan, Size
 from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
 from dcompile.runtime.state import Binding
@@ -109,7 +109,7 @@ class Watch(Protocol):
 class Runner:
     """A loaded artifact: prompts in, tokens out; `watch` sees each step of it."""
 
-    def __init__(self, artifact: Artifact, executor: Executor) -> None:
+    def __init__(self, artifact: Artifact, executor: Backend) -> None:
         self.artifact, self.executor = artifact, executor
         where = str(artifact.path)
         self.limits = Limits.read(artifact.manifest, artifact.plan.sizes, where)
@@ -135,7 +135,7 @@ class Runner:
         """Open an artifact; `verify=False` does not hash its files."""
         artifact = open_artifact(path, verify)
         try:
-            return cls(artifact, Executor(artifact, threads))
+            return cls(artifact, open_backend(artifact, threads))
         except MemoryError as error:
             what = "this machine has too little memory for what the plan asks"
             raise ArtifactError(what, where=str(path), remedy="compile it smaller") from error
@@ -320,11 +320,11 @@ class Runner:
         self, watch: Watch, binding: Binding, turns: int, active: Sequence[_Sequence]
     ) -> Turns:
         served = {each.slot: each.index for each in active}
-        done = binding.tensor(self.executor.plan.outputs["done"])
+        done = self.executor.plan.outputs["done"]
 
         def step() -> Bools:
             watch.launch(binding, served)
-            return np.asarray(done).copy()
+            return np.asarray(binding.tensor(done)).copy()
 
         return repeat(step, binding.arrays, turns)
 
@@ -447,7 +447,7 @@ def _check_shapes(plan: Plan, where: str) -> None:
             raise ArtifactError(what, where=where, remedy="compile the model again")
 
 
-def _canvas(executor: Executor, limits: Limits, where: str) -> Ints:
+def _canvas(executor: Backend, limits: Limits, where: str) -> Ints:
     canvas = executor.state.get("canvas")
     if canvas is None or canvas.shape != (limits.batch, limits.max_length):
         raise ArtifactError("the plan has no canvas of slots and positions", where=where)
@@ -456,7 +456,7 @@ def _canvas(executor: Executor, limits: Limits, where: str) -> Ints:
     return np.asarray(canvas)
 
 
-def _policy_state(artifact: Artifact, executor: Executor) -> list[tuple[str, bool]]:
+def _policy_state(artifact: Artifact, executor: Backend) -> list[tuple[str, bool]]:
     """State that a request must not inherit, each with whether a block must not either."""
     resets = {
         item["name"]: item.get("reset", "block")

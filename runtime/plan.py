@@ -9,12 +9,17 @@ from math import prod
 from typing import Any, Literal
 
 from dcompile.errors import ArtifactError
+from dcompile.runtime.cuda.expressions import Expression
 from dcompile.runtime.weights import DTYPES
 
 SYMBOLS = ("R", "B")
 _LARGEST = 1 << 48
 _MOST = {"N": 1 << 16, "L": 1 << 24, "n": 1 << 24}
 _REMEDY = "compile the model again"
+_LOOP = {"finished", "performed", "turn", "limit", "go"}
+"""What the launch that ends a turn on the device is given of the loop's own memory."""
+
+Where = Literal["native", "aten", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Buffer:
     name: str
     dtype: str
     shape: tuple[Size, ...]
-    kind: Literal["weight", "state", "input", "slot", "view"]
+    kind: Literal["weight", "state", "input", "slot", "view", "zeroed"]
     tensor: str = ""
     slot: int = -1
     base: int = -1
@@ -61,25 +66,33 @@ class Buffer:
 class Launch:
     name: str
     kernel: str
-    native: bool
+    where: Where
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     writes: tuple[int | None, ...]
+    grid: tuple[Expression, ...] = ()
+    """Programs along each axis, of a CUDA kernel."""
+
+    @property
+    def native(self) -> bool:
+        return self.where == "native"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Buffers, launches and the runs of launches that go to native code in one call."""
+    """Buffers, launches and the runs of launches that go to native code, or into a graph, in one call."""
 
     text: Mapping[str, Any]
     sizes: Mapping[str, int]
     buffers: tuple[Buffer, ...]
     slots: int
     launches: tuple[Launch, ...]
-    regions: tuple[tuple[bool, int, int], ...]
+    regions: tuple[tuple[Where, int, int], ...]
     inputs: Mapping[str, int]
     state: Mapping[str, int]
     outputs: Mapping[str, int]
+    loop: Launch | None = None
+    """What ends a turn of a loop on the device."""
 
     @staticmethod
     def read(text: Mapping[str, Any], where: str) -> Plan:
@@ -136,6 +149,7 @@ class _Reader:
                 inputs=self._names("inputs", buffers),
                 state=self._names("state", buffers),
                 outputs=self._names("outputs", buffers),
+                loop=self._loop(len(buffers)),
             )
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise self.broken(f"a field is missing or of another type ({error!r})") from error
@@ -162,7 +176,7 @@ class _Reader:
         part, kind = f"buffer {name}", place["kind"]
         if item["dtype"] not in DTYPES:
             raise self.broken(f"unknown dtype {item['dtype']!r}", part)
-        if kind not in ("weight", "constant", "state", "input", "slot", "view"):
+        if kind not in ("weight", "constant", "state", "input", "slot", "view", "zeroed"):
             raise self.broken(f"unknown place {kind!r}", part)
         return Buffer(
             name=name,
@@ -179,27 +193,52 @@ class _Reader:
     def _launch(self, item: Mapping[str, Any], buffers: int) -> Launch:
         kernel, where = str(item["kernel"]), item["where"]
         part = f"launch {item['name']} ({kernel})"
-        if where not in ("native", "aten"):
-            raise self.broken(f"it runs neither native nor as aten but {where!r}", part)
+        if where not in ("native", "aten", "cuda"):
+            raise self.broken(f"it runs neither native nor as aten nor as cuda but {where!r}", part)
         launch = Launch(
             name=str(item["name"]),
             kernel=kernel,
-            native=where == "native",
+            where=where,
             args=[self._argument(arg, buffers, part) for arg in item["args"]],
             kwargs={
                 key: self._argument(arg, buffers, part)
                 for key, arg in item.get("kwargs", {}).items()
             },
             writes=tuple(item["writes"]),
+            grid=self._grid(item["grid"], part) if where == "cuda" else (),
         )
         for written in launch.writes:
             if written is not None and (type(written) is not int or not 0 <= written < buffers):
                 raise self.broken(f"it writes buffer {written!r}, which is not there", part)
-        if launch.native and not all(
+        if where != "aten" and not all(
             isinstance(arg, dict) and arg.keys() & {"b", "i", "f"} for arg in launch.args
         ):
-            raise self.broken("a native argument is no buffer, size or number", part)
+            raise self.broken(f"a {where} argument is no buffer, size or number", part)
+        if where == "cuda" and {"b": None} in launch.args:
+            raise self.broken("a cuda argument is null", part)
         return launch
+
+    def _loop(self, buffers: int) -> Launch | None:
+        item = self.text.get("loop")
+        if item is None:
+            return None
+        part = f"the loop's launch ({item['kernel']})"
+        args = [
+            arg if arg.keys() == {"loop"} else self._argument(arg, buffers, part)
+            for arg in item["args"]
+        ]
+        if any(arg["loop"] not in _LOOP for arg in args if "loop" in arg) or {"b": None} in args:
+            raise self.broken("it asks for memory that no loop has", part)
+        grid = self._grid(item["grid"], part)
+        return Launch("loop", str(item["kernel"]), "cuda", args, {}, (), grid)
+
+    def _grid(self, text: Any, part: str) -> tuple[Expression, ...]:
+        if not isinstance(text, list) or len(text) != 3:
+            raise self.broken(f"{text!r} is no grid", part)
+        try:
+            return tuple(map(Expression, text))
+        except ValueError as error:
+            raise self.broken(str(error), part) from error
 
     def _argument(self, arg: Any, buffers: int, part: str) -> Any:
         """The argument with its sizes read; everything else as it stands."""
@@ -222,15 +261,16 @@ class _Reader:
             return arg
         raise self.broken(f"cannot read argument {arg!r}", part)
 
-    def _regions(self, launches: Sequence[Launch]) -> tuple[tuple[bool, int, int], ...]:
-        regions, at = [], 0
+    def _regions(self, launches: Sequence[Launch]) -> tuple[tuple[Where, int, int], ...]:
+        regions: list[tuple[Where, int, int]] = []
+        at = 0
         for item in self.text["regions"]:
-            native, start, end = item["kind"] == "native", item["start"], item["end"]
+            kind, start, end = item["kind"], item["start"], item["end"]
             if start != at or not start <= end <= len(launches):
                 raise self.broken("the regions do not cover the launches one after another")
-            if any(launch.native != native for launch in launches[start:end]):
-                raise self.broken(f"region {start}:{end} mixes native and aten launches")
-            regions.append((native, start, end))
+            if any(launch.where != kind for launch in launches[start:end]):
+                raise self.broken(f"region {start}:{end} of {kind} launches has others in it")
+            regions.append((kind, start, end))
             at = end
         if at != len(launches):
             raise self.broken("the regions do not cover the launches one after another")

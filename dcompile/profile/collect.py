@@ -16,7 +16,7 @@ from dcompile.floor import Machine, measure
 from dcompile.profile.cost import Facts, chosen_experts, live_candidates
 from dcompile.profile.watch import Observer, Seen, Timed, Timer, resident_bytes
 from dcompile.runtime.artifact import open_artifact
-from dcompile.runtime.launch import Executor
+from dcompile.runtime.backend import open_backend
 from dcompile.runtime.loop import Result, Runner
 
 Progress = Callable[[str], None]
@@ -106,7 +106,7 @@ def load_runner(path: Path, threads: int | None) -> tuple[Runner, float, int]:
     """A runner, the seconds that opening it took, and the process's bytes before."""
     before, start = resident_bytes(), perf_counter()
     artifact = open_artifact(path)
-    runner = Runner(artifact, Executor(artifact, threads))
+    runner = Runner(artifact, open_backend(artifact, threads))
     return runner, perf_counter() - start, before
 
 

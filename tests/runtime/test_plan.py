@@ -107,7 +107,7 @@ def test_takes(change: Callable[[Json], None]) -> None:
         (put("launches", 0, "args", 0, 3), "no buffer, size or number"),
         (put("launches", 4, "args", 1, {"dtype": "f8"}), "cannot read argument"),
         (put("launches", 4, "kwargs", {"x": [{"b": 99}]}), "cannot read argument"),
-        (put("regions", 0, "end", 5), "mixes native and aten|one after another"),
+        (put("regions", 0, "end", 5), "has others in it|one after another"),
         (put("regions", [{"kind": "native", "start": 0, "end": 4}]), "one after another"),
         (put("regions", [{"kind": "native", "start": 0, "end": 99}]), "one after another"),
         (put("inputs", "row_seq", 99), "buffer 99 is not there"),

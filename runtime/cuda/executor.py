@@ -1,0 +1,284 @@
+"""Launches a plan on a GPU: the same interface as `runtime/launch.py`, so that the loop is the same.
+
+A block's iterations are one launch: a graph that copies the inputs over, loops until a sequence is done,
+and copies two short counters back. Drivers older than CUDA 12.4 have no loops in graphs: there some
+iterations are one launch, and those after a sequence is done change nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dcompile.errors import ArtifactError, DeviceError
+from dcompile.runtime.artifact import Artifact
+from dcompile.runtime.cuda.checks import check_launches
+from dcompile.runtime.cuda.code import Code
+from dcompile.runtime.cuda.device import Device
+from dcompile.runtime.cuda.driver import Driver
+from dcompile.runtime.cuda.graphs import Call, Copy, Graph, Instance, packed
+from dcompile.runtime.cuda.memory import DeviceBinding, DeviceMemory
+from dcompile.runtime.cuda.table import SCALARS, Argument
+from dcompile.runtime.plan import Launch
+from dcompile.runtime.state import Binding
+from dcompile.runtime.turns import Turns
+
+Floats = npt.NDArray[np.float64]
+_HASTY = 1 << 30
+"""With more bytes of weights than this, an iteration takes longer than a look at its result."""
+
+
+class CudaExecutor:
+    """One artifact ready to run on a GPU; `step` is one iteration, and changes the state in place.
+
+    `check_every` is how many iterations are one launch where the driver has no loops in graphs (None:
+    by the model's size), `loops=False` uses none. Raises WrongArchitecture, DeviceError, ArtifactError.
+    """
+
+    threads = 1
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        device: Device | None = None,
+        check_every: int | None = None,
+        loops: bool = True,
+    ) -> None:
+        self.plan = artifact.plan
+        self.device = device or Device(Driver())
+        self.device.enter()
+        self._code = Code(self.device)
+        self.kernels = self._code.load(artifact)
+        check_launches(self.plan, {name: each.entry for name, each in self.kernels.items()})
+        self.memory = DeviceMemory(artifact, self.device)
+        self.memory.on_drop = _drop_graphs
+        self.loops = loops and self.plan.loop is not None and self.device.driver.has_while
+        if check_every is None:
+            held = sum(entry.bytes for entry in artifact.tensors.values())
+            check_every = 1 if held > _HASTY else 4
+        self.check_every = check_every
+        self._condition = self._code.condition() if self.loops else None
+        self.loops = self._condition is not None
+        self._cu_launch = self.device.driver.function("cuLaunchKernel")
+        self._events: list[int] = []
+        self.graph_launches = 0
+        """How many graphs were launched, for who counts."""
+
+    @property
+    def state(self) -> Mapping[str, torch.Tensor]:
+        return self.memory.state
+
+    def step(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Run one iteration over the host's state; what it returns are copies."""
+        binding = self.fill(inputs)
+        self.launch(binding)
+        return binding.outputs
+
+    def time_step(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, float]]:
+        """Run one iteration and return each launch's name and seconds on the GPU."""
+        binding = self.fill(inputs)
+        seconds = np.zeros(len(self.plan.launches))
+        self.launch(binding, seconds)
+        names = [launch.name for launch in self.plan.launches]
+        return list(zip(names, seconds.tolist(), strict=True))
+
+    def fill(self, inputs: Mapping[str, torch.Tensor]) -> DeviceBinding:
+        """The buffers for these inputs, with their values in them; the host's state is brought over."""
+        binding = self.bind(len(inputs["row_seq"]), len(inputs["block_seq"]))
+        for name, target in binding.inputs.items():
+            if inputs[name].shape != target.shape:
+                raise ValueError(f"input {name} has shape {tuple(inputs[name].shape)}")
+            target.copy_(inputs[name])
+        self.memory.state.push()
+        return binding
+
+    def bind(self, R: int, B: int) -> DeviceBinding:
+        """The buffers for R rows of B sequences, with every call over them prepared."""
+        self.device.enter()
+        binding = self.memory.bind(R, B)
+        if binding.calls is None:
+            binding.calls = [self._call(binding, launch) for launch in self.plan.launches]
+        return binding
+
+    def launch(
+        self,
+        binding: Binding,
+        seconds: Floats | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> None:
+        """Run launches `part` (default all) one by one, and wait; `seconds` takes each one's time.
+
+        Inputs come over before the first launch; the host's state follows after the last.
+        """
+        assert isinstance(binding, DeviceBinding)
+        self.device.enter()
+        first, last = part or (0, len(self.plan.launches))
+        if first == 0:
+            host, place, size = binding.staging
+            self.device.upload(place, host, size)
+        events = self._timers(last - first + 1) if seconds is not None else []
+        if events:
+            self.device.record(events[0])
+        for at in range(first, last):
+            self._run(binding.calls[at])
+            if events:
+                self.device.record(events[at - first + 1])
+        if last == len(self.plan.launches):
+            self.memory.state.pull()
+        self.device.wait()
+        if seconds is not None:
+            for at in range(first, last):
+                begin, end = events[at - first], events[at - first + 1]
+                seconds[at] = self.device.seconds(begin, end)
+
+    def repeat(self, binding: Binding, turns: int) -> Turns:
+        """Iterate over bound and filled buffers until a sequence is done, `turns` times at most."""
+        assert isinstance(binding, DeviceBinding)
+        self.device.enter()
+        for counter in binding.counters.values():
+            counter.fill(0)
+        binding.counters["limit"].fill(turns)
+        if self.loops and (turns > 1 or binding.used):
+            self._replay(binding, "loop", partial(self._looped, binding))
+            self.device.wait()
+        else:
+            self._repeat_in_parts(binding, turns)
+        binding.used += 1
+        count = binding.B
+        performed = binding.returned["performed"][:count].tolist()
+        return Turns(performed, [bool(each) for each in binding.returned["finished"][:count]])
+
+    def push(self, slot: int) -> None:
+        """Bring a slot's state over from the host."""
+        self.memory.state.push(slot)
+
+    def pull(self, slot: int) -> None:
+        """Fetch a slot's state for the host."""
+        self.memory.state.pull(slot)
+        self.device.wait()
+
+    def clear(self, name: str, slot: int) -> None:
+        """Zero what a state holds for a slot."""
+        self.memory.state.clear(name, slot)
+
+    def close(self) -> None:
+        """Give the GPU's memory and code back."""
+        self.device.enter()
+        self.memory.close()
+        for event in self._events:
+            self.device.driver.call("cuEventDestroy_v2", event)
+        self._events = []
+        self._code.close()
+
+    def _call(self, binding: DeviceBinding, launch: Launch) -> Call | None:
+        """A launch over bound buffers; None where it has no programs."""
+        x, y, z = (expression(binding.R, binding.B) for expression in launch.grid)
+        if 0 in (x, y, z):
+            return None
+        kernel = self.kernels[launch.kernel]
+        arguments = zip(kernel.entry.arguments, launch.args, strict=True)
+        values = [_value(binding, argument, given) for argument, given in arguments]
+        pointers, data = packed([*values, bytes(8), bytes(8)], kernel.layout)
+        entry = kernel.entry
+        return Call(
+            kernel.function,
+            (x, y, z),
+            entry.threads,
+            entry.dynamic_shared,
+            pointers,
+            data,
+            launch.name,
+        )
+
+    def _run(self, call: Call | None) -> None:
+        if call is None:
+            return
+        status = call.launch(self._cu_launch, self.device.stream)
+        if status:
+            error = self.device.driver.error("cuLaunchKernel", status)
+            raise DeviceError(error.what, where=f"launch {call.name}")
+
+    def _repeat_in_parts(self, binding: DeviceBinding, turns: int) -> None:
+        """The loop of `turns.repeat` on the host, some iterations a launch."""
+        host, place, size = binding.staging
+        self.device.upload(place, host, size)
+        left = turns
+        while left:
+            # What runs once is not worth a graph.
+            if turns == 1 and not binding.used:
+                count = 1
+                for call in self._iteration(binding):
+                    self._run(call)
+            else:
+                count = self.check_every if left >= self.check_every else 1
+                calls = count * [*self._iteration(binding)]
+                self._replay(binding, f"{count} turns", partial(_put, calls))
+            self.device.download(*binding.results)
+            self.device.wait()
+            left -= count
+            if binding.returned["finished"][: binding.B].any():
+                break
+
+    def _iteration(self, binding: DeviceBinding) -> Sequence[Call | None]:
+        if self.plan.loop is None:
+            raise ArtifactError("the plan does not say how a turn ends", remedy="compile it again")
+        if "turn" not in binding.graphs:
+            binding.graphs["turn"] = self._call(binding, self.plan.loop)
+        return [*binding.calls, binding.graphs["turn"]]
+
+    def _replay(self, binding: DeviceBinding, key: str, build: Callable[[Graph], None]) -> None:
+        """Launch a binding's graph, built the first time."""
+        if key not in binding.graphs:
+            graph = Graph(self.device)
+            build(graph)
+            binding.graphs[key] = graph.instantiate()
+        self.graph_launches += 1
+        binding.graphs[key].launch()
+
+    def _looped(self, binding: DeviceBinding, graph: Graph) -> None:
+        """Inputs over, iterations while none is done, counters back."""
+        host, place, size = binding.staging
+        graph.copy(Copy(place, host, size, to_device=True))
+        body, handle = graph.loop()
+        _put(self._iteration(binding), body)
+        assert self._condition is not None
+        values = [struct.pack("<Q", handle), struct.pack("<Q", binding.loop["go"])]
+        pointers, data = packed(values, ((0, 0, 8), (1, 8, 8)))
+        body.kernel(Call(self._condition, (1, 1, 1), 1, 0, pointers, data, "set_condition"))
+        answer, back, length = binding.results
+        graph.copy(Copy(answer, back, length, to_device=False))
+
+    def _timers(self, count: int) -> list[int]:
+        while len(self._events) < count:
+            self._events.append(self.device.event())
+        return self._events[:count]
+
+
+def _value(binding: DeviceBinding, argument: Argument, given: Mapping[str, Any]) -> bytes:
+    ((kind, value),) = given.items()
+    if kind == "b":
+        return struct.pack("<Q", binding.address(value))
+    if kind == "loop":
+        return struct.pack("<Q", binding.loop[value])
+    if kind == "i":
+        value = value(binding.R, binding.B)
+    return struct.pack("<" + SCALARS[argument.type], value)
+
+
+def _put(calls: Sequence[Call | None], graph: Graph) -> None:
+    for call in calls:
+        if call is not None:
+            graph.kernel(call)
+
+
+def _drop_graphs(binding: DeviceBinding) -> None:
+    for graph in binding.graphs.values():
+        if isinstance(graph, Instance):
+            graph.close()
+    binding.graphs.clear()

@@ -1,0 +1,296 @@
+"""Memory on the GPU: weights, state, scratch, and what a plan's buffers are for given R and B.
+
+Inputs lie one after another, in pinned host memory and on the GPU alike, with the memory of the loop
+behind them, so that one copy brings all of them over. Addresses never change while a binding lives.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcompile.runtime import weights
+from dcompile.runtime.artifact import Artifact
+from dcompile.runtime.cuda.device import Bytes, Device
+from dcompile.runtime.plan import Plan
+from dcompile.runtime.state import Binding
+from dcompile.runtime.weights import ALIGN, DTYPES
+
+KEPT_BINDINGS = 64
+LOOP = ("limit", "turn", "go", "finished", "performed")
+"""The loop's own memory, in the order in which it lies behind the inputs."""
+_INVISIBLE = ("keys.", "values.")
+"""State that the host never looks at."""
+
+
+@dataclass
+class DeviceBinding(Binding):
+    """The plan's buffers on the GPU for R rows and B sequences; `arrays` are the host's side of inputs."""
+
+    device: Device | None = None
+    places: dict[int, int] = field(default_factory=dict)
+    """Addresses of weights, states, inputs and zeroed scratch."""
+    base: int = 0
+    """Where the scratch begins."""
+    loop: dict[str, int] = field(default_factory=dict)
+    staging: tuple[int, int, int] = (0, 0, 0)
+    """Where inputs and loop lie on the host and on the GPU, and their bytes."""
+    counters: dict[str, Any] = field(default_factory=dict)
+    """The loop's memory on the host, as it is brought over."""
+    results: tuple[int, int, int] = (0, 0, 0)
+    """Where finished and performed go on the host, lie on the GPU, and their bytes."""
+    returned: dict[str, Any] = field(default_factory=dict)
+    graphs: dict[Any, Any] = field(default_factory=dict)
+    used: int = 0
+    """How often it was run."""
+
+    def address(self, index: int) -> int:
+        buffer = self.plan.buffers[index]
+        if index in self.places:
+            return self.places[index]
+        if buffer.kind == "view":
+            skipped = buffer.offset(self.R, self.B) * DTYPES[buffer.dtype].itemsize
+            return self.address(buffer.base) + skipped
+        return self.base + self.offsets[buffer.slot]
+
+    def tensor(self, index: int) -> torch.Tensor:
+        """A copy of a buffer's values, now."""
+        buffer = self.plan.buffers[index]
+        shape, dtype = buffer.extent(self.R, self.B), DTYPES[buffer.dtype]
+        strides = [stride(self.R, self.B) for stride in buffer.strides]
+        span = prod(shape)
+        if buffer.kind == "view":
+            span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if span else 0
+        out = torch.empty(span, dtype=dtype)
+        assert self.device is not None
+        self.device.download(out.data_ptr(), self.address(index), span * dtype.itemsize)
+        self.device.wait()
+        return out.as_strided(shape, strides) if buffer.kind == "view" else out.reshape(shape)
+
+
+class Mirrors(Mapping[str, torch.Tensor]):
+    """State by name: what the host reads and writes has a copy there, pushed and pulled slot by slot.
+
+    Of the others (keys and values) one gets a copy as they are now.
+    """
+
+    def __init__(self, plan: Plan, device: Device, addresses: Mapping[str, int]) -> None:
+        self._plan, self._device, self._addresses = plan, device, addresses
+        self._pinned: list[int] = []
+        self._held: dict[str, torch.Tensor] = {}
+        for name, index in plan.state.items():
+            if name.startswith(_INVISIBLE):
+                continue
+            buffer = plan.buffers[index]
+            size = buffer.bytes(1, 1)
+            address, view = device.pinned(size)
+            self._pinned.append(address)
+            dtype = DTYPES[buffer.dtype]
+            flat = torch.from_numpy(view)[:size].view(dtype)
+            self._held[name] = flat.reshape(buffer.extent(1, 1))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._held:
+            return self._held[name]
+        buffer = self._plan.buffers[self._plan.state[name]]
+        out = torch.empty(buffer.extent(1, 1), dtype=DTYPES[buffer.dtype])
+        self._device.download(out.data_ptr(), self._addresses[name], buffer.bytes(1, 1))
+        self._device.wait()
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan.state)
+
+    def __len__(self) -> int:
+        return len(self._plan.state)
+
+    def push(self, slot: int | None = None) -> None:
+        """Bring the host's side of a slot (of all) over."""
+        self._each(slot, lambda host, device, size: self._device.upload(device, host, size))
+
+    def pull(self, slot: int | None = None) -> None:
+        """Fetch a slot (all); there once the stream is waited for."""
+        self._each(slot, self._device.download)
+
+    def clear(self, name: str, slot: int) -> None:
+        """Zero what a state holds for a slot, on both sides."""
+        buffer = self._plan.buffers[self._plan.state[name]]
+        size = buffer.bytes(1, 1) // buffer.extent(1, 1)[0]
+        self._device.fill(self._addresses[name] + slot * size, 0, size)
+        if name in self._held:
+            self._held[name][slot].zero_()
+
+    def close(self) -> None:
+        self._held.clear()
+        for address in self._pinned:
+            self._device.free_pinned(address)
+
+    def _each(self, slot: int | None, copy: Callable[[int, int, int], None]) -> None:
+        for name, tensor in self._held.items():
+            part, at = (tensor, 0) if slot is None else (tensor[slot], slot)
+            size = part.numel() * part.element_size()
+            copy(part.data_ptr(), self._addresses[name] + at * size, size)
+
+
+class DeviceMemory:
+    """Everything that a loaded artifact keeps on the GPU; scratch grows and is reused."""
+
+    def __init__(self, artifact: Artifact, device: Device) -> None:
+        self.plan, self.device = artifact.plan, device
+        self._owned: list[int] = []
+        self._places: dict[int, int] = {}
+        for index, buffer in enumerate(self.plan.buffers):
+            if buffer.kind == "weight":
+                self._places[index] = self._weight(artifact, index)
+        addresses = {}
+        for name, index in self.plan.state.items():
+            size = self.plan.buffers[index].bytes(1, 1)
+            self._places[index] = addresses[name] = self._allocate(size, f"state {name}")
+            device.fill(addresses[name], 0, size)
+        device.wait()
+        self.state = Mirrors(self.plan, device, addresses)
+        self._arena = self._arena_bytes = 0
+        self._zeroed = {
+            index: (0, 0) for index, b in enumerate(self.plan.buffers) if b.kind == "zeroed"
+        }
+        self._slotted = [buffer for buffer in self.plan.buffers if buffer.kind == "slot"]
+        self._bindings: OrderedDict[tuple[int, int], DeviceBinding] = OrderedDict()
+        self.on_drop: Callable[[DeviceBinding], None] = lambda binding: None
+        """Told of a binding that goes, so that its graphs do too."""
+
+    def bind(self, R: int, B: int) -> DeviceBinding:
+        """The buffers for R rows of B sequences; the same object while its addresses hold."""
+        found = self._bindings.get((R, B))
+        if found is not None:
+            self._bindings.move_to_end((R, B))
+            return found
+        while len(self._bindings) >= KEPT_BINDINGS:
+            self._drop(self._bindings.popitem(last=False)[1])
+        binding = self._bind(R, B)
+        self._bindings[R, B] = binding
+        return binding
+
+    def close(self) -> None:
+        """Give everything back; nothing may be used after."""
+        self._drop_all()
+        self.state.close()
+        zeroed = [address for address, size in self._zeroed.values() if size]
+        for address in (*self._owned, *zeroed, *([self._arena] if self._arena_bytes else [])):
+            self.device.free(address)
+        self._owned, self._arena_bytes, self._zeroed = [], 0, {}
+
+    def _allocate(self, size: int, what: str) -> int:
+        address = self.device.allocate(size, what)
+        self._owned.append(address)
+        return address
+
+    def _weight(self, artifact: Artifact, index: int) -> int:
+        buffer = self.plan.buffers[index]
+        entry = artifact.tensors[buffer.tensor]
+        size = buffer.bytes(1, 1)
+        # The plan's shape is how kernels read the bytes; the file has at least as many.
+        as_read = weights.Entry(entry.file, torch.uint8, (size,), entry.start, size)
+        data = weights.tensor(artifact.bytes(entry.file), as_read)
+        address = self._allocate(size, f"weight {buffer.tensor}")
+        self.device.upload(address, data.data_ptr(), size)
+        return address
+
+    def _bind(self, R: int, B: int) -> DeviceBinding:
+        sizes = [0] * self.plan.slots
+        for buffer in self._slotted:
+            sizes[buffer.slot] = max(sizes[buffer.slot], buffer.bytes(R, B))
+        offsets, end = [], 0
+        for size in sizes:
+            offsets.append(end)
+            end += size + -size % ALIGN
+        self._grow(end, R, B)
+        return self._inputs(R, B, offsets)
+
+    def _grow(self, end: int, R: int, B: int) -> None:
+        """Make the scratch large enough; where it moves, bindings and graphs over it go."""
+        if end > self._arena_bytes:
+            self._drop_all()
+            if self._arena_bytes:
+                self.device.free(self._arena)
+                self._arena_bytes = 0
+            self._arena = self.device.allocate(end, f"the scratch of {R} rows")
+            self._arena_bytes = end
+        for index, (address, held) in self._zeroed.items():
+            size = self.plan.buffers[index].bytes(R, B)
+            if size <= held:
+                continue
+            self._drop_all()
+            if held:
+                self.device.free(address)
+            address = self.device.allocate(size, "counters")
+            self.device.fill(address, 0, size)
+            self._zeroed[index] = (address, size)
+
+    def _inputs(self, R: int, B: int, offsets: list[int]) -> DeviceBinding:
+        slots, at = self.plan.sizes["N"], 0
+        pieces: dict[str, tuple[int, int]] = {}
+        loop = {name: 4 for name in LOOP} | {"finished": 4 * slots, "performed": 8 * slots}
+        inputs = {name: self.plan.buffers[i].bytes(R, B) for name, i in self.plan.inputs.items()}
+        for name, size in (*inputs.items(), *loop.items()):
+            key = name if name in inputs else f"loop {name}"
+            pieces[key] = (at, size)
+            at += size + -size % ALIGN
+        host, view = self.device.pinned(at)
+        place = self.device.allocate(at, "inputs")
+        begin = pieces["loop finished"][0]
+        answer, answered = self.device.pinned(at - begin)
+        tensors: dict[str, torch.Tensor] = {}
+        places = {**self._places, **{i: address for i, (address, _) in self._zeroed.items()}}
+        for name, index in self.plan.inputs.items():
+            buffer = self.plan.buffers[index]
+            flat = torch.from_numpy(_part(view, pieces[name])).view(DTYPES[buffer.dtype])
+            tensors[name] = flat.reshape(buffer.extent(R, B))
+            places[index] = place + pieces[name][0]
+        binding = DeviceBinding(
+            plan=self.plan,
+            R=R,
+            B=B,
+            arena=torch.empty(0, dtype=torch.uint8),
+            offsets=offsets,
+            fixed={},
+            inputs=tensors,
+            arrays={name: np.asarray(tensor) for name, tensor in tensors.items()},
+            device=self.device,
+            places=places,
+            base=self._arena,
+            loop={name: place + pieces[f"loop {name}"][0] for name in LOOP},
+            staging=(host, place, at),
+            results=(answer, place + begin, at - begin),
+        )
+        for name in LOOP:
+            kind = np.int64 if name == "performed" else np.int32
+            start, size = pieces[f"loop {name}"]
+            binding.counters[name] = _part(view, (start, size)).view(kind)
+            if start >= begin:
+                binding.returned[name] = _part(answered, (start - begin, size)).view(kind)
+        return binding
+
+    def _drop_all(self) -> None:
+        while self._bindings:
+            self._drop(self._bindings.popitem()[1])
+
+    def _drop(self, binding: DeviceBinding) -> None:
+        # What is in the stream may still read it.
+        self.device.wait()
+        self.on_drop(binding)
+        for name in (*binding.arrays,):
+            binding.arrays[name] = binding.arrays[name].copy()
+        binding.inputs.clear()
+        self.device.free_pinned(binding.staging[0])
+        self.device.free_pinned(binding.results[0])
+        self.device.free(binding.staging[1])
+
+
+def _part(view: Bytes, piece: tuple[int, int]) -> Bytes:
+    return view[piece[0] : piece[0] + piece[1]]
