@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from dcompile.errors import ArtifactError, WrongArchitecture
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.cuda.cubin import CubinFacts, read_cubin
+from dcompile.untrusted import parse_json
 
 TABLE = "kernels.json"
 POINTER = 8
@@ -75,8 +75,8 @@ def table_of(artifact: Artifact) -> Mapping[str, Any]:
     """The `kernels` of kernels.json, as they stand."""
     where = f"{artifact.path}: {TABLE}"
     try:
-        kernels = json.loads(artifact.text(TABLE))["kernels"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        kernels = parse_json(artifact.bytes(TABLE))["kernels"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError("the kernels' table is damaged", where=where, remedy=_REMEDY) from error
     if not isinstance(kernels, dict):
         raise ArtifactError("the kernels' table is damaged", where=where, remedy=_REMEDY)
