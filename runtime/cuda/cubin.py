@@ -38,7 +38,7 @@ def read_cubin(blob: bytes) -> CubinFacts:
     """The facts of the one kernel in a cubin; raises ValueError where it is none."""
     try:
         return _read(blob)
-    except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
+    except (struct.error, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"no cubin of one kernel ({error!r})") from error
 
 
