@@ -20,7 +20,7 @@ from dcompile.ir.program import Program
 from dcompile.options import Options
 from dcompile.pipeline import run
 from dcompile.runtime.artifact import Artifact
-from dcompile.runtime.launch import Executor
+from dcompile.runtime.backend import Backend
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.state import Binding
 from dcompile.stages import TOLERANCE, Case, Recorded, Stages, cases, distance
@@ -213,7 +213,7 @@ def compare_layers(runner: Runner, made: Compiled) -> str:
     )
 
 
-def _prepare(executor: Executor, made: Compiled, case: Case) -> Binding:
+def _prepare(executor: Backend, made: Compiled, case: Case) -> Binding:
     """The artifact's buffers with a case's inputs in them."""
     values = _arguments(made, case)
     for name, state in executor.state.items():
@@ -227,7 +227,7 @@ def _arguments(made: Compiled, case: Case) -> dict[str, Tensor]:
     return dict(zip((i.name for i in made.program.inputs), arguments, strict=True))
 
 
-def _compare_launches(executor: Executor, made: Compiled, case: Case) -> float:
+def _compare_launches(executor: Backend, made: Compiled, case: Case) -> float:
     recorded = Recorded(made.program)
     with torch.no_grad():
         recorded.run(*_arguments(made, case).values())
