@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from dcompile.codegen.cpu.emit import base
 from dcompile.codegen.cpu.pack import packed_size
-from dcompile.codegen.launches import Value
+from dcompile.codegen.kernels.variant import ITEM_BYTES
+from dcompile.codegen.launches import Scratch, Value
 from dcompile.codegen.schedule import Schedule
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
@@ -26,7 +27,7 @@ class Buffers:
 
     table: list[dict[str, Any]] = field(default_factory=list)
     index: dict[object, int] = field(default_factory=dict)
-    arguments: dict[Value, int | None] = field(default_factory=dict)  # of native launches
+    arguments: dict[Value | Scratch, int | None] = field(default_factory=dict)  # of kernels
     slots: int = 0
 
 
@@ -48,7 +49,7 @@ class _Planner:
                 self.place(self.program.placeholder(item.name))
         last = self._last_use()
         free: list[int] = []
-        ending: dict[int, list[Node]] = {}
+        ending: dict[int, list[Node | Scratch]] = {}
         for node, at in last.items():
             ending.setdefault(at, []).append(node)
         for at, launch in enumerate(self.schedule.launches):
@@ -57,6 +58,8 @@ class _Planner:
             for argument in launch.args:
                 if isinstance(argument, Value):
                     self.out.arguments[argument] = self.argument(argument)
+                elif isinstance(argument, Scratch):
+                    self.out.arguments[argument] = self._scratch(argument, free)
             if launch.kind == "aten":
                 for node in launch.reads():
                     self.place(node)
@@ -78,11 +81,14 @@ class _Planner:
     def _returned(self) -> list[Node]:
         return list(self.program.result().args[0])  # type: ignore[arg-type]
 
-    def _last_use(self) -> dict[Node, int]:
-        last: dict[Node, int] = {}
+    def _last_use(self) -> dict[Node | Scratch, int]:
+        last: dict[Node | Scratch, int] = {}
         for at, launch in enumerate(self.schedule.launches):
             for node in launch.writes:
                 last[node] = at
+            for argument in launch.args:
+                if isinstance(argument, Scratch) and not argument.zeroed:
+                    last[argument] = at
             for node in launch.reads():
                 root = self.root(node)
                 if root in last:
@@ -91,8 +97,31 @@ class _Planner:
             last.pop(self.root(node), None)
         return last
 
+    def _scratch(self, wanted: Scratch, free: list[int]) -> int:
+        """The buffer of scratch memory; of zeroed memory there is one, as large as the largest."""
+        key: object = "zeroed" if wanted.zeroed else wanted
+        if key in self.out.index:
+            index = self.out.index[key]
+            if wanted.zeroed:
+                (size,) = self.out.table[index]["shape"]
+                self.out.table[index]["shape"] = [at_most(size, wanted.size)]
+            return index
+        place: dict[str, Any] = {"kind": "zeroed"}
+        if not wanted.zeroed:
+            count = evaluate(elements([wanted.size, ITEM_BYTES[wanted.dtype]]), TYPICAL)
+            place = {"kind": "slot", "slot": self._slot(count, free)}
+        name = "tickets" if wanted.zeroed else wanted.name
+        self.out.index[key] = len(self.out.table)
+        entry = {"name": name, "dtype": wanted.dtype, "shape": [wanted.size], "place": place}
+        self.out.table.append(entry)
+        return self.out.index[key]
+
     def _give_slot(self, node: Node, free: list[int]) -> None:
         size = evaluate(elements([*self.shape(node), value(node).element_size()]), TYPICAL)
+        self._add(node, node, {"kind": "slot", "slot": self._slot(size, free)})
+
+    def _slot(self, size: int, free: list[int]) -> int:
+        """A slot of about this many bytes, a free one where there is any."""
         fitting = [s for s in free if self.slot_bytes[s] >= size]
         if fitting:
             slot = min(fitting, key=lambda s: self.slot_bytes[s])
@@ -104,7 +133,7 @@ class _Planner:
         if slot in free:
             free.remove(slot)
         self.slot_bytes[slot] = max(self.slot_bytes[slot], size)
-        self._add(node, node, {"kind": "slot", "slot": slot})
+        return slot
 
     def shape(self, node: Node) -> list[Size]:
         return shape_of(value(node), self.program.symbols)
@@ -176,6 +205,14 @@ class _Planner:
         index = self._add(key, node, {"kind": "weight", "tensor": name})
         self.out.table[index].update(name=name, shape=[count])
         return index
+
+
+def at_most(a: Size, b: Size) -> Size:
+    """A size that is at least both, for R and B of at least 0."""
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    x, y = ({"": s} if isinstance(s, int) else s for s in (a, b))
+    return {name: max(x.get(name, 0), y.get(name, 0)) for name in sorted({*x, *y})}
 
 
 def contiguous(shape: list[Size]) -> list[Size]:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
+from dcompile.codegen.kernels.variant import Expression, Variant
 from dcompile.ir.sizes import Size
 
 
@@ -30,17 +31,30 @@ class Float:
     value: float
 
 
-Argument = Value | Int | Float
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that the launches of one operator hand to each other; a zeroed one all share."""
+
+    name: str
+    dtype: str
+    size: Size  # elements
+    zeroed: bool = False
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+Argument = Value | Int | Float | Scratch
 
 
 @dataclass
 class Launch:
     """One call of a kernel.  `writes` are new values, `updates` the states that it changes in place.
 
-    A native launch's arguments are in the kernel's order; an ATen launch keeps its node.
+    A native or CUDA launch's arguments are in the kernel's order; an ATen launch keeps its node.
     """
 
-    kind: Literal["native", "aten"]
+    kind: Literal["native", "aten", "cuda"]
     kernel: str
     node: Node
     args: list[Argument] = field(default_factory=list)
@@ -48,6 +62,8 @@ class Launch:
     updates: list[Node] = field(default_factory=list)
     covers: list[Node] = field(default_factory=list)  # the graph nodes that it stands for
     touches: str = ""  # of an emitted function: its arguments in the notation of runtime/abi.py
+    variant: Variant | None = None  # of a CUDA launch
+    grid: tuple[Expression, ...] = ()
 
     def reads(self) -> list[Node]:
         if self.kind == "aten":

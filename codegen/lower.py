@@ -36,6 +36,12 @@ class Lowered:
 def lower(program: Program) -> Lowered:
     """Schedule launches, place values, cut regions; the program becomes BOUND."""
     plan = schedule(program)
+    text, buffers = bind(program, plan)
+    return Lowered(text, _source(plan), stored_of(buffers), plan.launches)
+
+
+def bind(program: Program, plan: Schedule) -> tuple[dict[str, Any], Buffers]:
+    """The plan as data, with a place for every value; the program becomes BOUND."""
     buffers = plan_buffers(program, plan)
     launches = [_launch(program, item, buffers) for item in plan.launches]
     (returned,) = program.result().args
@@ -67,7 +73,7 @@ def lower(program: Program) -> Lowered:
         "outputs": outputs,
     }
     program.stage = Stage.BOUND
-    return Lowered(text, _source(plan), _stored(buffers), plan.launches)
+    return text, buffers
 
 
 def _place(buffers: Buffers, plan: Schedule, node: Node) -> int:
@@ -98,6 +104,8 @@ def _launch(program: Program, launch: Launch, buffers: Buffers) -> dict[str, Any
         "origin": found.origin,
         "nodes": [n.name for n in launch.covers],
     }
+    if launch.kind == "cuda":
+        text["grid"] = list(launch.grid)
     if launch.kind == "aten":
         node = launch.node
         text["args"] = [_torch_argument(program, a, buffers) for a in node.args]
@@ -145,7 +153,7 @@ def emitted_sources(source: str) -> dict[str, str]:
     return {"step.cpp": source, "prelude.h": prelude}
 
 
-def _stored(buffers: Buffers) -> list[tuple[str, str, str]]:
+def stored_of(buffers: Buffers) -> list[tuple[str, str, str]]:
     out = []
     for key, index in buffers.index.items():
         place = buffers.table[index]["place"]
@@ -157,10 +165,10 @@ def _stored(buffers: Buffers) -> list[tuple[str, str, str]]:
 
 
 def stored_tensors(
-    program: Program, lowered: Lowered, read: Read
+    program: Program, stored: list[tuple[str, str, str]], read: Read
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the artifact, made one at a time from the checkpoint."""
-    for tensor, name, layout in lowered.stored:
+    for tensor, name, layout in stored:
         if name in program.constants:
             yield tensor, program.constants[name].contiguous()
             continue

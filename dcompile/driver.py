@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dcompile.codegen.cpu.build import ISA_FLAGS, build, build_library, isas, library_sources
-from dcompile.codegen.lower import Lowered, emitted_sources, lower, stored_tensors
+from dcompile.backends import Code, backend_of
+from dcompile.codegen.lower import stored_tensors
+from dcompile.codegen.targets import parse_target
 from dcompile.combine import Combination, check_together
 from dcompile.errors import ConfigError, OptionError
 from dcompile.explain import report
@@ -105,24 +105,22 @@ def _compile(origin: Origin, options: WatchedOptions, out: Path, progress: Progr
     records = run(program, options, check, progress)
     _check_block(program, options)
     check_together(_combination(options, program.shape.model_block))
-    progress("lower")
-    lowered = lower(program)
-    progress("build kernels")
-    kernels = _kernels(lowered)
+    progress("lower and build kernels")
+    code = backend_of(options.target)(program)
     progress("write")
     with ArtifactWriter(out) as writer:
-        writer.add_bytes("plan.json", _json(lowered.plan))
-        writer.add_bytes("program.json", _json(dump(program, lowered.stored)))
-        for name, text in _texts(program, lowered, traced, records).items():
+        writer.add_bytes("plan.json", _json(code.plan))
+        writer.add_bytes("program.json", _json(dump(program, code.stored)))
+        for name, text in _texts(program, code, traced, records).items():
             writer.add_bytes(name, text.encode())
-        manifest = _manifest(origin, options, program, kernels)
+        manifest = {**_manifest(origin, options, program), **code.manifest}
         notes = {"remarks": [vars(r) for r in program.remarks], "unread": options.unread}
         writer.add_bytes("remarks.json", _json(notes))
-        for name, data in kernels.items():
+        for name, data in code.files.items():
             writer.add_bytes(name, data)
         for name, data in origin.tokenizer.items():
             writer.add_bytes(f"tokenizer/{name}", data)
-        writer.add_weights(stored_tensors(program, lowered, origin.read))
+        writer.add_weights(stored_tensors(program, code.stored, origin.read))
         writer.finish(manifest)
     return out
 
@@ -160,7 +158,7 @@ def settle(options: Chosen, spec: ModelSpec) -> Chosen:
             remedy="--block-length with the number of positions to generate",
         )
     settled = options.changed(
-        target="cpu",
+        target=str(parse_target(options.target)),
         dtype=dtype,
         block_length=block,
         cache=cache,
@@ -285,51 +283,27 @@ def _checker(options: Options):  # type: ignore[no-untyped-def]
     return Checker()
 
 
-def _kernels(lowered: Lowered) -> dict[str, bytes]:
-    out = {f"kernels/{isa}/library.so": code for isa, code in build_library().items()}
-    if lowered.source:
-        for isa, code in build(emitted_sources(lowered.source)).items():
-            out[f"kernels/{isa}/step.so"] = code
-    return out
-
-
 def _json(value: object) -> bytes:
     import json
 
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _texts(
-    program: Program, lowered: Lowered, traced: str, records: list[Record]
-) -> dict[str, str]:
+def _texts(program: Program, code: Code, traced: str, records: list[Record]) -> dict[str, str]:
     out = {"stages/00_traced.txt": traced}
     for i, record in enumerate(records, start=1):
         out[f"stages/{i:02}_{record.name}.txt"] = record.text
-    out["kernels.cpp"] = lowered.source
-    out["report.txt"] = report(program, lowered, records)
-    out.update({f"kernels/source/{name}": text for name, text in library_sources().items()})
+    out["report.txt"] = report(program, code, records)
+    out.update(code.texts)
     return out
 
 
-def _manifest(
-    origin: Origin, options: Options, program: Program, kernels: Mapping[str, bytes]
-) -> dict[str, Any]:
+def _manifest(origin: Origin, options: Options, program: Program) -> dict[str, Any]:
     return {
         "dcompile": version("dcompile"),
-        "target": "cpu",
-        "machine": platform.machine(),
         "checkpoint": origin.digest,
         **manifest_facts(origin, options, program),
         "options": options.record(),
-        "kernels": {
-            "isas": {
-                isa: {
-                    "requires": list(ISA_FLAGS[isa]),
-                    "files": [name for name in kernels if name.startswith(f"kernels/{isa}/")],
-                }
-                for isa in isas()
-            }
-        },
     }
 
 

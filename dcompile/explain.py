@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from dcompile.codegen.lower import Lowered
+from dcompile.backends import Code
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.ir.program import Program
 from dcompile.options import Options
@@ -29,32 +29,32 @@ REMARKS_FILE = "remarks.json"
 READ_AT_LOAD = ("target", "threads")
 
 
-def report(program: Program, lowered: Lowered, records: list[Record]) -> str:
+def report(program: Program, code: Code, records: list[Record]) -> str:
     """Passes with counts, kernels with counts, memory, launches a layer, remarks; no times, so that
     the same compile gives the same bytes."""
     lines = ["pass                    places   nodes before   after"]
     for r in records:
         lines.append(f"{r.name:24}{r.changed:6}{r.nodes_before:15}{r.nodes_after:8}")
     lines += ["", "kernel                                   launches"]
-    for kernel, count in Counter(item.kernel for item in lowered.launches).most_common():
+    for kernel, count in Counter(item.kernel for item in code.launches).most_common():
         lines.append(f"{kernel:40}{count:9}")
     per_layer = Counter(
-        item["layer"] for item in lowered.plan["launches"] if item["layer"] is not None
+        item["layer"] for item in code.plan["launches"] if item["layer"] is not None
     )
     lines.append("")
     lines.append(
-        f"launches  {len(lowered.launches)}, at most {max(per_layer.values(), default=0)} a layer"
+        f"launches  {len(code.launches)}, at most {max(per_layer.values(), default=0)} a layer"
     )
-    lines.append(f"regions   {len(lowered.plan['regions'])}")
-    lines.append(f"slots     {lowered.plan['slots']} for {_slot_values(lowered)} values")
+    lines.append(f"regions   {len(code.plan['regions'])}")
+    lines.append(f"slots     {code.plan['slots']} for {_slot_values(code)} values")
     if missed := [r for r in program.remarks if r.kind == "missed"]:
         lines += ["", "not done"]
         lines += [f"{r.pass_name}  {r.where}: {r.text}" for r in missed]
     return "\n".join(lines) + "\n"
 
 
-def _slot_values(lowered: Lowered) -> int:
-    return sum(b["place"]["kind"] == "slot" for b in lowered.plan["buffers"])
+def _slot_values(code: Code) -> int:
+    return sum(b["place"]["kind"] == "slot" for b in code.plan["buffers"])
 
 
 def explain(path: str | Path, pass_name: str | None = None) -> str:

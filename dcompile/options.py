@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+from dcompile.codegen.targets import parse_target
 from dcompile.errors import OptionError
 
 CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
@@ -16,7 +17,7 @@ MANAGERS = ("blockwise", "canvas")
 class Options:
     """Compile-time choices; None means what the model's family or the machine suggests."""
 
-    target: str = "auto"  # auto, cpu
+    target: str = "auto"  # auto (cpu), cpu, cuda, cuda:sm_80,sm_90
     dtype: str = "auto"  # auto (as stored), float32, bfloat16, float16
     max_length: int | None = None  # positions a sequence: prompt and generated tokens
     batch: int = 1  # sequences in flight
@@ -65,10 +66,7 @@ class Options:
                 f"dtype {self.dtype!r} is not supported",
                 remedy="auto, float32, bfloat16 or float16",
             )
-        if self.target not in ("auto", "cpu"):
-            raise OptionError(
-                f"target {self.target!r} is not supported", remedy="--target cpu or auto"
-            )
+        parse_target(self.target)
         if self.smoothing is not None:
             raise OptionError(
                 "iteration smoothing is not built yet", remedy="leave --smoothing out"

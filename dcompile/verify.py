@@ -117,7 +117,7 @@ def compare_tensors(artifact: Artifact, made: Compiled) -> str:
             remedy=_AGAIN,
         )
     count = 0
-    for name, wanted in stored_tensors(made.program, made.lowered, made.origin.read):
+    for name, wanted in stored_tensors(made.program, made.lowered.stored, made.origin.read):
         _same_bits(name, wanted, artifact.weights(name), _layer(made, name))
         count += wanted.numel()
     return f"{len(stored)} tensors, {count:,} values: equal\n"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -86,7 +86,8 @@ def key(variant: Variant, arch: int, sources: Mapping[str, str]) -> str:
     # The worker too: the facts that it reads off are kept beside the binary.
     modules = sorted({f"{PACKAGE}.worker", *(name.partition(":")[0] for name in functions)})
     texts = {name: text for m in modules for name, text in _closure(m, sources).items()}
-    parts = [FORMAT, compiler_version(), arch, variant.to_json(), sorted(texts.items())]
+    binary = replace(variant, name="", grid=(1, 1, 1)).to_json()  # neither is in it
+    parts = [FORMAT, compiler_version(), arch, binary, sorted(texts.items())]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

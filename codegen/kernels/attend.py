@@ -40,6 +40,7 @@ def attend(
     values,
     row_seq,
     row_limit,
+    chosen,
     partial,
     peaks,
     sums,
@@ -58,6 +59,8 @@ def attend(
 ):
     """o, q [rows, H, SIZE], keys, values [N, L, G, SIZE], row_seq, row_limit i64 [rows].
 
+    With chosen i64 [rows], row i of o is of row chosen[i] of q, row_seq and row_limit.
+
     partial f32 [CHUNKS, rows, H, SIZE], peaks and sums f32 [CHUNKS, rows, H], where CHUNKS > 1.
     """
     SHARED: tl.constexpr = H // G
@@ -68,11 +71,14 @@ def attend(
     m = tl.arange(0, BM)
     row = first + m // SHARED
     live = (m < TILE * SHARED) & (row < rows)
-    limit = tl.load(row_limit + row, mask=live, other=0).to(tl.int32)
+    source = row
+    if chosen is not None:
+        source = tl.load(chosen + row, mask=live, other=0).to(tl.int32)
+    limit = tl.load(row_limit + source, mask=live, other=0).to(tl.int32)
     start = chunk * CHUNK
     longest = tl.max(limit, 0)
     if start < longest:
-        seq = tl.load(row_seq + row, mask=live, other=0).to(tl.int32)
+        seq = tl.load(row_seq + source, mask=live, other=0).to(tl.int32)
         head = row * H + group * SHARED + m % SHARED
         d = tl.arange(0, BD)
         place = head[:, None] * SIZE + d[None, :]
@@ -80,7 +86,8 @@ def attend(
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BD], tl.float32)
-        queries = tl.load(q + place, mask=here, other=0.0)
+        asking = place + ((source - row) * (H * SIZE))[:, None]
+        queries = tl.load(q + asking, mask=here, other=0.0)
         # Slots of the tile in ascending order; nearly always there is one.
         slot = tl.min(tl.where(live, seq, 2147483647), 0)
         while slot < 2147483647:
@@ -233,8 +240,11 @@ def launches(
     arch: int,
     window: int = 32,
     tiles: Tiles | None = None,
+    chosen: bool = False,
 ) -> Lowering:
     """Operands o, q [rows, heads, size], keys, values [N, positions, groups, size], row_seq, row_limit.
+
+    With `chosen`, an operand of that name says which rows of q, row_seq and row_limit are taken.
 
     `window`: how many rows of one sequence usually run together; only speed depends on it.
     """
@@ -250,12 +260,13 @@ def launches(
         **{"BM": block, "BN": min(tiles.columns, tiles.depth)},
     }
     step = assemble(
-        f"attend_h{heads}g{groups}d{size}l{positions}_{dtype}",
+        f"attend{'_chosen' if chosen else ''}_h{heads}g{groups}d{size}l{positions}_{dtype}",
         "attend:attend",
         [
             *(operand(name, dtype) for name in ("o", "q", "keys", "values")),
             operand("row_seq", "i64"),
             operand("row_limit", "i64"),
+            operand("chosen", "i64", chosen),
             *(temporary(name, "f32", split) for name in ("partial", "peaks", "sums")),
             temporary("ticket", "i32", split),
             count("rows", rows),

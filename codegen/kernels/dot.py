@@ -26,6 +26,7 @@ def rows_by_rows(
     """acc[i, j] = sum of x[i][k] w[j][k] over start <= k < end, float32 [BM, BN].
 
     x [BM] and w [BN] point to rows of length K; rows outside `live` and `inside` count as zero.
+    Products are in w's dtype, which may be wider than x's.
     """
     k = tl.arange(0, BK)
     acc = tl.zeros([BM, BN], tl.float32)
@@ -38,7 +39,7 @@ def rows_by_rows(
             within = at < K
             a = tl.load(x[:, None] + at[None, :], mask=live[:, None] & within[None, :], other=0.0)
             b = tl.load(w[None, :] + at[:, None], mask=inside[None, :] & within[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
     return acc
 
 

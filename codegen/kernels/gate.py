@@ -60,7 +60,10 @@ def check(compiled: Sequence[Compiled]) -> None:
 
 
 def _is_half(compiled: Compiled) -> bool:
-    return any(p.type in HALF for p in compiled.variant.arguments)
+    """Whether the product is of halves: weights say so, where there are any."""
+    arguments = compiled.variant.arguments
+    factors = [p for p in arguments if p.name == "w"] or arguments
+    return any(p.type in HALF for p in factors)
 
 
 def _has_wide_rows(compiled: Compiled, kernel: str) -> bool:

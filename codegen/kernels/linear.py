@@ -149,15 +149,16 @@ def launches(
     dtype: str,
     arch: int,
     bias: bool = False,
-    other: bool = False,
+    other: str | None = None,
     epilogue: str | None = None,
     out_dtype: str | None = None,
     tiles: Tiles | None = None,
 ) -> Lowering:
     """y [rows, n] = epilogue(x [rows, k] w [n, k]^T + bias, other [rows, n]).
 
-    Operands y, x, w, bias, other.  `epilogue` names a device function ("module:function"); the
-    default adds `other` where there is one.  y may have another dtype than x and w.
+    Operands y, x, w, bias, other (of the dtype that it names).  `epilogue` names a device function
+    ("module:function"); the default adds `other` where there is one.  y may have another dtype than x
+    and w.
     """
     tiles = tiles or linear_tiles(n, k, dtype, arch)
     function = epilogue or f"{PACKAGE}.pointwise:{'add' if other else 'identity'}"
@@ -169,7 +170,7 @@ def launches(
         operand("x", dtype),
         operand("w", dtype),
         operand("bias", dtype, bias),
-        operand("other", out, other),
+        operand("other", other or out, other is not None),
         temporary("partial", "f32", split),
         temporary("ticket", "i32", split),
         count("rows", rows),

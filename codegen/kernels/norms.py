@@ -14,12 +14,21 @@ from dcompile.codegen.kernels.variant import Expression, Lowering
 
 
 @triton.jit
-def rms_norm(y, total, x, r, w, rows, EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """y, total, x, r [rows, D], w [D]; total and r are absent together."""
-    at = tl.program_id(0).to(tl.int64) * D
+def rms_norm(
+    y, total, x, r, w, chosen, rows, EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """y, total, x, r [rows, D], w [D]; total and r are absent together.
+
+    With chosen i64 [rows], x has more rows, and row chosen[i] of it goes with row i of the others.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = row * D
     i = tl.arange(0, BLOCK)
     inside = i < D
-    s = tl.load(x + at + i, mask=inside, other=0.0).to(tl.float32)
+    source = at
+    if chosen is not None:
+        source = tl.load(chosen + row) * D
+    s = tl.load(x + source + i, mask=inside, other=0.0).to(tl.float32)
     if r is not None:
         summed = s + tl.load(r + at + i, mask=inside, other=0.0).to(tl.float32)
         rounded = summed.to(total.dtype.element_ty)
@@ -40,9 +49,14 @@ def launches(
     weighted: bool = True,
     add: bool = False,
     weight_dtype: str | None = None,
+    chosen: bool = False,
 ) -> Lowering:
-    """rms_norm: operands y, x, w. With `add`, add_rms_norm: also total and r, [rows, hidden]."""
-    name = f"{'add_' if add else ''}rms_norm_d{hidden}{'' if weighted else '_plain'}_{dtype}"
+    """rms_norm: operands y, x, w. With `add`, add_rms_norm: also total and r, [rows, hidden].
+
+    With `chosen`, an operand of that name says which rows of x are taken.
+    """
+    kind = f"{'add_' if add else ''}rms_norm{'_chosen' if chosen else ''}"
+    name = f"{kind}_d{hidden}{'' if weighted else '_plain'}_{dtype}"
     step = assemble(
         name,
         "norms:rms_norm",
@@ -52,6 +66,7 @@ def launches(
             operand("x", dtype),
             operand("r", dtype, add),
             operand("w", weight_dtype or dtype, weighted),
+            operand("chosen", "i64", chosen),
             count("rows", rows),
         ],
         {"EPS": eps, "D": hidden, "BLOCK": power_of_two(hidden, 32)},

@@ -39,6 +39,24 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def tanh(x):
+    """2 sigmoid(2 x) - 1, where that does not cancel; near zero its series."""
+    q = x * x
+    series = x * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315))))
+    return tl.where(tl.abs(x) < 0.125, series, 2.0 * sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def power(x, y):
+    """x^y as torch has it: 1 where y is 0, NaN for a negative x and a y that is no integer."""
+    size = tl.exp2(y * tl.log2(tl.abs(x)))
+    whole = tl.floor(y) == y
+    odd = tl.floor(y * 0.5) * 2.0 != y
+    signed = tl.where(whole, tl.where(odd, -size, size), float("nan"))
+    return tl.where(y == 0.0, 1.0, tl.where(x < 0.0, signed, size))
+
+
+@triton.jit
 def identity(value, other):
     return value
 

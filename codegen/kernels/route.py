@@ -201,7 +201,7 @@ def route_product(
             z += tl.load(part, mask=here, other=0.0, cache_modifier=".cg")
         if b is not None:
             z += tl.load(b + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-        z = z.to(x.dtype.element_ty).to(tl.float32)
+        z = z.to(w.dtype.element_ty).to(tl.float32)
         choose(
             weights,
             experts,
@@ -292,25 +292,29 @@ def product_launches(
     scale: float = 1.0,
     bias: str | None = None,
     product_bias: bool = False,
+    w_dtype: str | None = None,
     tiles: Tiles | None = None,
 ) -> Lowering:
     """A linear in `dtype` whose only reader is route, as one launch.
 
     Operands weights, experts, x [rows, hidden], w [num_experts, hidden], b [num_experts] (with
-    `product_bias`), bias [num_experts] (the selection's, of dtype `bias`).
+    `product_bias`), bias [num_experts] (the selection's, of dtype `bias`).  The product is in the dtype
+    of w and b, by default that of x.
     """
-    tiles = tiles or Tiles(16, 0, 64 if dtype != "f32" else 32, splits=max(1, hidden // 256))
+    by = w_dtype or dtype
+    tiles = tiles or Tiles(16, 0, 64 if by != "f32" else 32, splits=max(1, hidden // 256))
+    suffix = "" if by == dtype else f"_by_{by}"
     constants = _constants(num_experts, top_k, score, groups, kept_groups, renormalize, scale)
     row_tiles: Expression = {"cdiv": [rows, tiles.rows]}
     step = assemble(
-        f"route_product_d{hidden}_{_name(constants, bias is not None)}_{dtype}",
+        f"route_product_d{hidden}_{_name(constants, bias is not None)}_{dtype}{suffix}",
         "route:route_product",
         [
             operand("weights", "f32"),
             operand("experts", "i32"),
             operand("x", dtype),
-            operand("w", dtype),
-            operand("b", dtype, product_bias),
+            operand("w", by),
+            operand("b", by, product_bias),
             operand("bias", bias or "f32", bias is not None),
             temporary("partial", "f32"),
             temporary("ticket", "i32"),

@@ -7,7 +7,8 @@ difference of the two largest p, mask id left out; entropy = -sum p ln p.
 
 `choose_partly`: each program keeps, for a tile of rows and a run of the vocabulary, the online
 softmax's peak and sum (arXiv 1805.02867), the sum of p-weighted logits, the two best, and the best
-score with its token.  `choose_finally` merges the runs of a row.
+score with its token.  `choose_finally` merges the runs of a row.  Where tokens are asked about, `tell`
+computes their logits once more: p, and the score by which the choice is made, z or z / t + noise.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ def choose_finally(
     confidence,
     margin,
     entropy,
+    choice_score,
+    whole,
     live,
     found,
     tokens,
@@ -154,7 +157,10 @@ def choose_finally(
     RUNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """token i64, confidence, margin, entropy f32 [rows]; a row that is not live gets -1, -inf, -inf, 0."""
+    """token i64, confidence, margin, entropy f32 [rows]; a row that is not live gets -1, -inf, -inf, 0.
+
+    choice_score f32 [rows] and whole f32 [2, rows], peak and sum of the softmax, are for `tell`.
+    """
     row = tl.program_id(0)
     if tl.load(live + row).to(tl.int32) != 0:
         run = tl.arange(0, BLOCK)
@@ -187,11 +193,72 @@ def choose_finally(
         tl.store(confidence + row, tl.exp(logit - safe) / total)
         tl.store(margin + row, (tl.exp(best - safe) - tl.exp(second - safe)) / total)
         tl.store(entropy + row, tl.log(total) - mean)
+        if choice_score is not None:
+            tl.store(choice_score + row, score)
+            tl.store(whole + row, safe)
+            tl.store(whole + rows + row, total)
     else:
         tl.store(token + row, -1)
         tl.store(confidence + row, float("-inf"))
         tl.store(margin + row, float("-inf"))
         tl.store(entropy + row, 0.0)
+        if choice_score is not None:
+            tl.store(choice_score + row, float("-inf"))
+
+
+@triton.jit
+def tell(
+    probability,
+    score,
+    x,
+    w,
+    bias,
+    live,
+    temperature,
+    seed,
+    tick,
+    pos,
+    asked,
+    whole,
+    rows,
+    D: tl.constexpr,
+    LENGTH: tl.constexpr,
+    MASK: tl.constexpr,
+    S: tl.constexpr,
+    BS: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """probability, score f32 [rows, S] of tokens asked i64 [rows, S]; 0 and -inf where a row is not live."""
+    row = tl.program_id(0)
+    s = tl.program_id(1) * BS + tl.arange(0, BS)
+    inside = s < S
+    p = tl.zeros([BS], tl.float32)
+    made = tl.full([BS], float("-inf"), tl.float32)
+    if tl.load(live + row).to(tl.int32) != 0:
+        token = tl.load(asked + row * S + s, mask=inside, other=0)
+        k = tl.arange(0, BK)
+        acc = tl.zeros([BS, BK], tl.float32)
+        for k0 in range(0, D, BK):
+            within = k0 + k < D
+            a = tl.load(x + row * D + k0 + k, mask=within, other=0.0).to(tl.float32)
+            at = w + token[:, None] * D + (k0 + k)[None, :]
+            b = tl.load(at, mask=inside[:, None] & within[None, :], other=0.0).to(tl.float32)
+            acc += a[None, :] * b
+        z = tl.sum(acc, 1)
+        if bias is not None:
+            z += tl.load(bias + token, mask=inside, other=0.0).to(tl.float32)
+        z = z.to(x.dtype.element_ty).to(tl.float32)
+        z = tl.where(z == z, z, float("-inf"))
+        sequence = row // LENGTH
+        t = tl.load(temperature + sequence)
+        key = noise_key(tl.load(seed + sequence), tl.load(tick + sequence), tl.load(pos + row))
+        made = z
+        if t > 0.0:
+            made = z / t + gumbel(key, token.to(tl.int32))
+        made = tl.where(token == MASK, float("-inf"), made)
+        p = tl.exp(z - tl.load(whole + row)) / tl.load(whole + rows + row)
+    tl.store(probability + row * S + s, p, mask=inside)
+    tl.store(score + row * S + s, made, mask=inside)
 
 
 def launches(
@@ -205,15 +272,23 @@ def launches(
     arch: int,
     bias: bool = False,
     tiles: Tiles | None = None,
+    asked: int = 0,
 ) -> Lowering:
     """Operands token i64, confidence, margin, entropy f32 [B, n], x [B, n, hidden], w [vocab, hidden], bias,
     live bool [B, n], temperature f32, seed, tick i64 [B], pos i64 [B, n]; B = sequences, n = length.
+
+    With `asked` tokens a position also choice_score f32 [B, n], asked i64, probability, score f32 [B, n, S].
     """
     tiles = tiles or vocab_tiles(dtype, arch)
     rows: Expression = {"mul": [sequences, length]}
     run = cdiv(cdiv(vocab, tiles.columns), tiles.splits)
     runs = cdiv(cdiv(vocab, tiles.columns), run)
     kept: list[Argument] = [temporary("found", "f32"), temporary("tokens", "i32")]
+    request = [
+        operand("live", "bool"),
+        operand("temperature", "f32"),
+        *(operand(name, "i64") for name in ("seed", "tick", "pos")),
+    ]
     partly = assemble(
         f"vocab_choice_v{vocab}d{hidden}{'_bias' if bias else ''}_{dtype}",
         "vocab_choice:choose_partly",
@@ -221,9 +296,7 @@ def launches(
             operand("x", dtype),
             operand("w", dtype),
             operand("bias", dtype, bias),
-            operand("live", "bool"),
-            operand("temperature", "f32"),
-            *(operand(name, "i64") for name in ("seed", "tick", "pos")),
+            *request,
             *kept,
             count("rows", rows),
         ],
@@ -234,11 +307,13 @@ def launches(
         Shape(({"cdiv": [rows, tiles.rows]}, runs, 1), tiles.warps, tiles.stages),
     )
     finally_ = assemble(
-        f"vocab_choice_merge_s{runs}",
+        f"vocab_choice_merge_s{runs}{'_asked' if asked else ''}",
         "vocab_choice:choose_finally",
         [
             operand("token", "i64"),
             *(operand(name, "f32") for name in ("confidence", "margin", "entropy")),
+            operand("choice_score", "f32", asked > 0),
+            temporary("whole", "f32", asked > 0),
             operand("live", "bool"),
             *kept,
             count("rows", rows),
@@ -250,4 +325,27 @@ def launches(
         Scratch("found", "f32", {"mul": [rows, FIELDS * runs]}),
         Scratch("tokens", "i32", {"mul": [rows, runs]}),
     )
-    return Lowering((partly, finally_), scratch)
+    if not asked:
+        return Lowering((partly, finally_), scratch)
+    block = min(16, power_of_two(asked))
+    told = assemble(
+        f"vocab_choice_tell_d{hidden}s{asked}{'_bias' if bias else ''}_{dtype}",
+        "vocab_choice:tell",
+        [
+            *(operand(name, "f32") for name in ("probability", "score")),
+            operand("x", dtype),
+            operand("w", dtype),
+            operand("bias", dtype, bias),
+            *request,
+            operand("asked", "i64"),
+            temporary("whole", "f32"),
+            count("rows", rows),
+        ],
+        {
+            **{"D": hidden, "LENGTH": length, "MASK": mask_id, "S": asked, "BS": block},
+            "BK": min(128, power_of_two(hidden, 16)),
+        },
+        Shape((rows, cdiv(asked, block), 1)),
+    )
+    whole = Scratch("whole", "f32", {"mul": [rows, 2]})
+    return Lowering((partly, finally_, told), (*scratch, whole))
