@@ -36,7 +36,7 @@ def test_linear(t: str, R: int, N: int, K: int, splits: int, bias: bool) -> None
     other, y = torch.randn(R, N).to(TYPES[t]), poisoned(R, N, dtype=TYPES[t])
     lowering = linear.launches(
         **{"rows": {"R": 1}, "n": N, "k": K, "dtype": t, "arch": 90, "bias": bias},
-        **{"other": True, "tiles": tiles(splits)},
+        **{"other": t, "tiles": tiles(splits)},
     )
     run(lowering, {"y": y, "x": x, "w": w, "bias": b, "other": other}, R=R)
     want = x.double() @ w.double().T + other.double() + (b.double() if bias else 0)
