@@ -61,9 +61,12 @@ def bind(program: Program, plan: Schedule) -> tuple[dict[str, Any], Buffers]:
         if output.state is None
     }
     shape = program.shape
+    sizes = {"N": shape.slots, "L": shape.positions, "n": shape.block_length}
+    if shape.blocks > 1:
+        sizes["blocks"] = shape.blocks
     text = {
         "symbols": ["R", "B"],
-        "sizes": {"N": shape.slots, "L": shape.positions, "n": shape.block_length},
+        "sizes": sizes,
         "buffers": buffers.table,
         "slots": buffers.slots,
         "launches": launches,

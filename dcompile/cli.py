@@ -55,7 +55,11 @@ def compile_command(
         str | None, typer.Option(help="steps: low_confidence, random, margin or entropy.")
     ] = None,
     manager: Annotated[
-        str | None, typer.Option(help="blockwise, or canvas: all positions as one block.")
+        str | None,
+        typer.Option(help="blockwise, canvas (all positions as one block) or pipelined (D2F)."),
+    ] = None,
+    max_blocks: Annotated[
+        int | None, typer.Option(help="pipelined: blocks undecided at a time.")
     ] = None,
     aligned: Annotated[
         bool | None,
@@ -106,6 +110,7 @@ def compile_command(
         "policy": policy,
         "score": score,
         "manager": manager,
+        "max_blocks": max_blocks,
         "aligned": aligned,
         "cache": cache,
         "look_back": look_back,

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 Chosen = TypeVar("Chosen", bound=Options)
 DEFAULT_LENGTH = 2048
+# What share of a block is decided when the next is added, and when it is fully activated (D2F).
+PIPELINE = {"tau_add": 0.1, "tau_activate": 0.95}
 
 
 @dataclass(frozen=True)
@@ -241,9 +243,11 @@ def trace_origin(
         mask_id=spec.mask_id,
         dtype=dtype,
         shift=spec.shift,
+        blocks=_blocks(options),
     )
     policy = find_policy(options.policy, options.score)
-    wanted = Traced(shape, policy, origin.recipes, origin.runs)
+    pipelined = options.manager == "pipelined"
+    wanted = Traced(shape, policy, origin.recipes, origin.runs, pipelined)
     if not origin.runs:
         module = origin.build()
         return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
@@ -251,6 +255,14 @@ def trace_origin(
         module = origin.build()
         module.eval()
         return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
+
+
+def _blocks(options: Options) -> int:
+    """How many blocks of a sequence may be undecided at a time: in a pipeline, all where unsaid."""
+    assert options.max_length is not None and options.block_length is not None
+    if options.manager != "pipelined":
+        return 1
+    return options.max_blocks or -(-options.max_length // options.block_length)
 
 
 def _check_block(program: Program, options: Options) -> None:
@@ -344,6 +356,8 @@ def _parameters(policy: Policy, options: Options, spec: ModelSpec) -> dict[str, 
     blocks = options.manager != "canvas" or not policy.canvas
     if "steps" in parameters and blocks and options.block_length is not None:
         parameters["steps"] = float(options.block_length)
+    if options.manager == "pipelined":
+        parameters |= PIPELINE
     return parameters
 
 

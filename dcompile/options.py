@@ -10,7 +10,7 @@ from dcompile.codegen.targets import parse_target
 from dcompile.errors import OptionError
 
 CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
-MANAGERS = ("blockwise", "canvas")
+MANAGERS = ("blockwise", "canvas", "pipelined")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Options:
     policy: str | None = None  # which candidates commit: a name, or file.py:name
     score: str | None = None  # steps: by what it orders positions
     manager: str = "blockwise"  # in which order positions are decided
+    max_blocks: int | None = None  # pipelined: blocks of a sequence undecided at a time
     aligned: bool | None = None  # the first block begins at a multiple of the block length
     cache: str | None = None  # which rows are recomputed
     look_back: int = 16  # vicinity: rows before the block
@@ -42,7 +43,7 @@ class Options:
 
     def validate(self) -> None:
         """Raise OptionError where a value makes no sense."""
-        for name in ("max_length", "batch", "block_length", "threads"):
+        for name in ("max_length", "batch", "block_length", "max_blocks", "threads"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise OptionError(f"{name} must be at least 1, not {number}")

@@ -22,9 +22,11 @@ from dcompile.runtime.caches import (
     Moment,
     Rows,
     cache_policy,
+    none,
     reads_tokens,
     stores_blocks,
 )
+from dcompile.runtime.pipelined import Block, Pipeline
 from dcompile.runtime.plan import Plan, Size
 from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
 from dcompile.runtime.state import Binding
@@ -38,7 +40,7 @@ OnResult = Callable[[int, "Result"], None]
 """Takes the index of a prompt and its result, at once when it is there."""
 _ROWS = ("row_seq", "row_pos", "row_limit")
 _BLOCKS = ("block_seq", "block_pos", "choice_row")
-_CLOCKS = ("iteration", "entered", "temperature", "seed", "tick", "prompt_end")
+_CLOCKS = ("iteration", "entered", "temperature", "seed", "tick", "prompt_end", "full")
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ class _Sequence:
     canvas: Ints
     limits: Ints
     seed: int
-    block: int
-    before: Ints
-    """The block's tokens as the last iteration read them."""
-    entered: int = 0
-    iteration: int = 0
+    block: Block
+    pipeline: Pipeline | None = None
+    """Where several blocks are decided at a time."""
+    deciding: list[Block] = field(default_factory=list)
+    """The blocks of the iteration that runs."""
     tick: int = 0
     previous: int | None = None
     storing: bool = False
@@ -116,6 +118,8 @@ class Runner:
         options = artifact.manifest["options"]
         self.cache: CachePolicy = cache_policy(options, self.limits.span)
         self._stores = stores_blocks(options)
+        # Then the host has something to decide before each iteration.
+        self._reads_tokens = reads_tokens(self.cache) or self.limits.pipelined
         self.tokenizer = Tokenizer(artifact)
         self.watch: Watch | None = None
         self._lock = Lock()
@@ -202,10 +206,8 @@ class Runner:
             ends = iter(zip(turns.performed, turns.done, strict=True))
             staying = []
             for sequence in active:
-                if sequence.storing:
-                    self._stored(sequence)
-                    staying.append(sequence)
-                elif self._advance(call, sequence, *next(ends)):
+                mine = [next(ends) for _ in sequence.deciding]
+                if self._after(call, sequence, mine):
                     result = results[sequence.index] = self._result(sequence)
                     free.append(sequence.slot)
                     if call.on_result is not None:
@@ -226,6 +228,7 @@ class Runner:
         for name, _ in self._scrubbed:
             self.executor.clear(name, slot)
         self.executor.push(slot)
+        begin = self.limits.begin(len(prompt))
         sequence = _Sequence(
             index=index,
             prompt=len(prompt),
@@ -235,34 +238,56 @@ class Runner:
             canvas=canvas,
             limits=np.minimum((positions // span + 1) * span, total),
             seed=call.seeds[index],
-            block=self.limits.begin(len(prompt)),
-            before=canvas[:0],
+            block=self._block(canvas, begin),
+            pipeline=self._pipeline(call, canvas, len(prompt), total),
         )
-        self._enter(sequence)
+        self._enter(sequence, begin)
         return sequence
 
-    def _enter(self, sequence: _Sequence) -> None:
-        block = sequence.canvas[sequence.block : sequence.block + self.limits.block_length]
-        sequence.entered = int((block == self.limits.mask_id).sum())
-        sequence.iteration = 0
-        sequence.before = block.copy()
+    def _pipeline(self, call: _Call, canvas: Ints, prompt: int, total: int) -> Pipeline | None:
+        if not self.limits.pipelined:
+            return None
+        return Pipeline(
+            canvas=canvas,
+            prompt=prompt,
+            begin=self.limits.begin(prompt),
+            total=total,
+            length=self.limits.block_length,
+            mask_id=self.limits.mask_id,
+            tau_add=call.parameters["tau_add"],
+            tau_activate=call.parameters["tau_activate"],
+            most=self.limits.blocks,
+            stop_ids=self.limits.eos_ids if call.early_stop else frozenset(),
+            cached=self.cache is not none,
+        )
+
+    def _block(self, canvas: Ints, begin: int) -> Block:
+        end = begin + self.limits.block_length
+        return Block.of(canvas, begin, end, self.limits.mask_id)
+
+    def _enter(self, sequence: _Sequence, begin: int) -> None:
+        sequence.block = self._block(sequence.canvas, begin)
         for name, each_block in self._scrubbed:
             if each_block:
                 self.executor.clear(name, sequence.slot)
 
     def _rows(self, sequence: _Sequence, ahead: int = 0) -> Rows:
         """The rows that the sequence runs now, or so many iterations ahead in its block."""
-        begin, end = sequence.block, sequence.block + self.limits.block_length
+        if sequence.pipeline is not None:
+            first, last = sequence.pipeline.rows()
+            return max(first - self.limits.shift, 0), last
+        block = sequence.block
+        begin, end = block.begin, block.end
         moment = Moment(
             begin=begin,
             end=end,
             total=sequence.total,
-            iteration=sequence.iteration + ahead,
+            iteration=block.iteration + ahead,
             tick=sequence.tick + ahead,
             previous=sequence.previous,
             span=self.limits.span,
             ids=sequence.canvas[begin:end],
-            before=sequence.before,
+            before=block.before,
             mask_id=self.limits.mask_id,
             shift=int(self.limits.shift),
         )
@@ -273,16 +298,16 @@ class Runner:
         return min(rows[0], max(begin - self.limits.shift, 0)), rows[1]
 
     def _positions_now(self, sequence: _Sequence, rows: Rows) -> Ints:
-        if reads_tokens(self.cache):
-            end = sequence.block + self.limits.block_length
-            sequence.before = sequence.canvas[sequence.block : end].copy()
+        if self._reads_tokens:
+            block = sequence.block
+            block.before = sequence.canvas[block.begin : block.end].copy()
         return self._positions[rows[0] : rows[1]] if isinstance(rows, tuple) else rows
 
     def _turns(self, call: _Call, active: Sequence[_Sequence], rows: Sequence[Rows]) -> int:
         """How many iterations may run over the same rows before the cache policy wants others."""
-        if any(each.storing for each in active) or reads_tokens(self.cache):
+        if self._reads_tokens or any(each.storing for each in active):
             return 1
-        most = min(self._bound(call, sequence) - sequence.iteration for sequence in active)
+        most = min(self._bound(call, each.block) - each.block.iteration for each in active)
         turns = 1
         while turns < most and all(
             self._rows(sequence, turns) == now for sequence, now in zip(active, rows, strict=True)
@@ -292,19 +317,23 @@ class Runner:
 
     def _step(self, call: _Call, active: Sequence[_Sequence]) -> Turns:
         """Run iterations until the host has something to decide; results of those that decide."""
-        if reads_tokens(self.cache):
-            for sequence in active:
+        for sequence in active:
+            if self._reads_tokens:
                 self.executor.pull(sequence.slot)
+            if sequence.pipeline is not None:
+                sequence.deciding = sequence.pipeline.advance()
+            else:
+                sequence.deciding = [] if sequence.storing else [sequence.block]
         rows = [self._rows(sequence) for sequence in active]
         turns = self._turns(call, active, rows)
         places = [self._positions_now(*pair) for pair in zip(active, rows, strict=True)]
-        deciding = [not sequence.storing for sequence in active]
-        binding = self.executor.bind(sum(map(len, places)), sum(deciding))
+        blocks = sum(len(sequence.deciding) for sequence in active)
+        binding = self.executor.bind(sum(map(len, places)), blocks)
         at = place = 0
         for sequence, positions in zip(active, places, strict=True):
             self._fill_rows(binding, at, sequence, positions)
-            if not sequence.storing:
-                self._fill_block(binding, place, at, sequence, positions)
+            for block in sequence.deciding:
+                self._fill_block(binding, place, at, sequence, block, positions)
                 place += 1
             at += len(positions)
         for name, value in call.parameters.items():
@@ -340,69 +369,98 @@ class Runner:
                 binding.arrays[name][at : at + len(positions)] = value
 
     def _fill_block(
-        self, binding: Binding, place: int, at: int, sequence: _Sequence, positions: Ints
+        self,
+        binding: Binding,
+        place: int,
+        at: int,
+        sequence: _Sequence,
+        block: Block,
+        positions: Ints,
     ) -> None:
-        """Write the block and the clocks of one sequence, whose rows begin at row `at`."""
-        begin, end = sequence.block, sequence.block + self.limits.block_length
-        chosen = self._positions[begin:end]
+        """Write a block and the clocks of one sequence, whose rows begin at row `at`."""
+        chosen = self._positions[block.begin : block.end]
         if self.limits.shift:
             chosen = np.maximum(chosen - 1, 0)
         # Where a decided position has no row of its own, any row will do: nothing is chosen there.
         row = np.minimum(np.searchsorted(positions, chosen), len(positions) - 1)
         values: dict[str, Any] = {
             "block_seq": sequence.slot,
-            "block_pos": self._positions[begin:end],
+            "block_pos": self._positions[block.begin : block.end],
             "choice_row": row + at,
-            "iteration": sequence.iteration,
-            "entered": sequence.entered,
+            "iteration": block.iteration,
+            "entered": block.entered,
             "seed": sequence.seed,
             "tick": sequence.tick,
             "prompt_end": sequence.prompt,
+            "full": block.full,
         }
         for name, value in values.items():
             if name in binding.arrays:
                 binding.arrays[name][place] = value
 
-    def _bound(self, call: _Call, sequence: _Sequence) -> int:
+    def _bound(self, call: _Call, block: Block) -> int:
         """The iterations that a block may take: each commits a token."""
-        return sequence.entered + int(call.parameters.get("post_steps", 0)) + 1
+        return block.entered + int(call.parameters.get("post_steps", 0)) + 1
+
+    def _after(self, call: _Call, sequence: _Sequence, ends: Sequence[tuple[int, bool]]) -> bool:
+        """Count what the blocks that decided came to; True when the sequence is finished."""
+        if sequence.pipeline is not None:
+            return self._flow(call, sequence, sequence.pipeline)
+        if sequence.storing:
+            sequence.tick += 1
+            sequence.storing = False
+            self._go_on(sequence)
+            return False
+        ((performed, done),) = ends
+        return self._advance(call, sequence, performed, done)
 
     def _advance(self, call: _Call, sequence: _Sequence, performed: int, complete: bool) -> bool:
         """Count iterations, go on to the next block where one is complete; True at the end."""
+        block = sequence.block
         sequence.tick += performed
-        sequence.iteration += performed
+        block.iteration += performed
         if not complete:
-            bound = self._bound(call, sequence)
-            if sequence.iteration >= bound:
-                what = f"a block of {sequence.entered} masks is not done after {bound} iterations"
-                where = f"prompt {sequence.index}, position {sequence.block}"
-                raise ContractError(what, where=where, remedy="report this as a bug of dcompile")
+            bound = self._bound(call, block)
+            if block.iteration >= bound:
+                raise _endless(sequence, block.entered, bound)
             return False
         self.executor.pull(sequence.slot)
-        begin = max(sequence.block, sequence.prompt)
-        end = min(sequence.block + self.limits.block_length, sequence.end)
-        sequence.decoded += end - begin
-        stopped = call.early_stop and self._stop(sequence, end)
-        if call.on_block is not None:
-            call.on_block(sequence.index, sequence.canvas[begin:end].tolist())
-        if stopped or end == sequence.end:
+        if self._complete(call, sequence, block.begin, block.end):
             return True
-        after = sequence.block + self.limits.block_length
         # Inside a block of the attention mask, the next iterations compute it from its start anyway.
-        sequence.storing = self._stores and after % (self.limits.span or 1) == 0
+        sequence.storing = self._stores and block.end % (self.limits.span or 1) == 0
         if not sequence.storing:
             self._go_on(sequence)
         return False
 
-    def _stored(self, sequence: _Sequence) -> None:
+    def _flow(self, call: _Call, sequence: _Sequence, pipeline: Pipeline) -> bool:
+        """The same of pipelined blocks, whose number and rows depend on what was decided."""
+        self.executor.pull(sequence.slot)
         sequence.tick += 1
-        sequence.storing = False
-        self._go_on(sequence)
+        before = pipeline.complete
+        pipeline.settle(sequence.deciding)
+        for block in pipeline.blocks:
+            done = before <= block.begin and block.end <= pipeline.complete
+            if done and self._complete(call, sequence, block.begin, block.end):
+                return True
+        # The first block that is not done is fully activated, and so commits a token.
+        masks = sequence.total - sequence.prompt
+        if sequence.tick > masks:
+            raise _endless(sequence, masks, masks)
+        return False
+
+    def _complete(self, call: _Call, sequence: _Sequence, begin: int, end: int) -> bool:
+        """A block is decided, and all before it; True where it is the last."""
+        begin, end = max(begin, sequence.prompt), min(end, sequence.end)
+        sequence.decoded += end - begin
+        stopped = call.early_stop and self._stop(sequence, end)
+        if call.on_block is not None:
+            call.on_block(sequence.index, sequence.canvas[begin:end].tolist())
+        return stopped or end == sequence.end
 
     def _go_on(self, sequence: _Sequence) -> None:
-        sequence.previous = sequence.block
-        sequence.block += self.limits.block_length
-        self._enter(sequence)
+        sequence.previous = sequence.block.begin
+        self._enter(sequence, sequence.block.end)
 
     def _stop(self, sequence: _Sequence, end: int) -> bool:
         """Fill everything after a first end of sequence with it, and say whether there is one."""
@@ -431,6 +489,12 @@ class Runner:
             seconds=seconds,
             tokens_per_second=len(tokens) / seconds if seconds > 0 else 0.0,
         )
+
+
+def _endless(sequence: _Sequence, masks: int, bound: int) -> ContractError:
+    what = f"{masks} masks are not decided after {bound} iterations"
+    where = f"prompt {sequence.index}, position {sequence.block.begin}"
+    return ContractError(what, where=where, remedy="report this as a bug of dcompile")
 
 
 def _check_shapes(plan: Plan, where: str) -> None:

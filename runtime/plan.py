@@ -101,7 +101,7 @@ class Plan:
     def corners(self) -> Iterator[tuple[int, int]]:
         """The smallest and largest (R, B): an affine size that is sound there is so between."""
         slots = self.sizes["N"]
-        return product((1, slots * self.sizes["L"]), (1, slots))
+        return product((1, slots * self.sizes["L"]), (1, slots * self.sizes.get("blocks", 1)))
 
     def check_weights(self, present: Mapping[str, int]) -> None:
         """Each weight that a buffer names is there, and has at least the bytes that it declares."""

@@ -28,6 +28,10 @@ class Limits:
     """Whether the first block begins at a multiple of the block length."""
     canvas: bool
     """Whether all generated positions are one block."""
+    pipelined: bool
+    """Whether a block may begin before the one before it is done."""
+    blocks: int
+    """Blocks of a sequence that may be undecided at a time."""
     max_length: int
     batch: int
     parameters: Mapping[str, float]
@@ -46,6 +50,8 @@ class Limits:
                 block_length=sizes["n"],
                 aligned=_aligned(options, model["block_length"]),
                 canvas=options.get("manager") == "canvas",
+                pipelined=options.get("manager") == "pipelined",
+                blocks=sizes.get("blocks", 1),
                 max_length=sizes["L"],
                 batch=sizes["N"],
                 parameters={k: float(v) for k, v in policy["parameters"].items()},
@@ -58,6 +64,9 @@ class Limits:
             what = f"decoding blocks of {n} do not fit the model's attention blocks of {span}"
             remedy = f"compile with --block-length {span}"
             raise OptionError(what, where="--block-length", remedy=remedy)
+        if limits.pipelined and (span is None or n % span):
+            what = "pipelined blocks need a block-causal mask, whose blocks fit into theirs"
+            raise OptionError(what, where="--manager", remedy="use blockwise")
         return limits
 
     @property

@@ -76,6 +76,7 @@ class StepShape:
     dtype: torch.dtype
     model_block: int | None = None  # of a block-causal attention mask, set by reuse_kv
     shift: bool = False
+    blocks: int = 1  # of a slot that may be undecided at a time
 
 
 @dataclass
