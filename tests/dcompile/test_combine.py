@@ -61,7 +61,7 @@ def test_every_rule_is_needed() -> None:
         Combination(*c)
         for c in product(
             [*policies, plain],
-            (*MANAGERS, "pipelined"),
+            MANAGERS,
             CACHES,
             (None, 8),
             (False, True),

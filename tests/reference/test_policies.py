@@ -93,7 +93,7 @@ def situations(draw: st.DrawFn, policy: Policy) -> Situation:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_the_policy_is_its_reference(name: str, data: st.DataObject) -> None:
     policy = policy_of(name)
