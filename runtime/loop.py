@@ -492,7 +492,7 @@ class Runner:
 
 
 def _endless(sequence: _Sequence, masks: int, bound: int) -> ContractError:
-    what = f"{masks} masks are not decided after {bound} iterations"
+    what = f"{masks} masks are not done after {bound} iterations"
     where = f"prompt {sequence.index}, position {sequence.block.begin}"
     return ContractError(what, where=where, remedy="report this as a bug of dcompile")
 
