@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
@@ -33,7 +34,8 @@ def propagate(program: Program, node: Node) -> None:
     if key not in program.known:
         assert callable(node.target)
         mode = next(iter(_fake_modes(args)), contextlib.nullcontext())
-        with mode:
+        # The Python decompositions keep sizes symbolic; C++ ones may ask for plain integers.
+        with mode, enable_python_dispatcher():
             program.known[key] = node.target(*args, **kwargs)
     node.meta["val"] = program.known[key]
 

@@ -123,7 +123,7 @@ class Program:
 
     def result(self) -> Node:
         """The output node."""
-        return next(reversed(self.graph.nodes))
+        return self.graph.output_node()
 
 
 class Pass(Protocol):

@@ -56,7 +56,7 @@ def small_program(
         items.append(Input(name, "weight" if name in (weights or {}) else "step"))
     for node in graph.graph.nodes:
         node.meta = {"val": node.meta.get("val"), KEY: Facts()}
-    (result,) = next(reversed(graph.graph.nodes)).args
+    (result,) = graph.graph.output_node().args
     outputs = [Output(f"out{i}") for i in range(len(result))]
     symbols = {str(n.meta["val"].shape[rows].node.expr): "R" for n in holders if n.name in inputs}
     program = Program(
