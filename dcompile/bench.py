@@ -59,6 +59,7 @@ class Table:
     bandwidth: float  # GB/s
     rate: float  # GFLOP/s
     experts: float  # touched, mean of the layers that have them
+    policy: float  # share of the launches' time that the policy takes
     context: int
     window: int
     threads: int
@@ -81,6 +82,7 @@ class Table:
         for p in self.parts:
             times = f"{p.median / p.floor:9.2f}" if p.floor else f"{'-':>9}"
             lines.append(f"{p.kernel:28}{p.median:9.2f}{p.launches:18}{times}")
+        lines.append(f"policy and bookkeeping: {self.policy:.2%} of the launches' time")
         return "\n".join(lines) + "\n"
 
     def json(self) -> dict[str, Any]:
@@ -120,12 +122,22 @@ def step_inputs(
 
 
 def prepare(canvas: Tensor, context: int, block: int, mask_id: int, vocab: int) -> None:
-    """Random tokens, and a block of masks at the end: the same for every contestant."""
+    """Random tokens, the same for every contestant, and masks at random in half of the block at the end.
+
+    That is a block in the middle of its decoding.  With random weights equal tokens choose nearly the same
+    experts, so a block of masks alone would touch only a few of them.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (context,), generator=generator)
     ids[ids == mask_id] = (mask_id + 1) % vocab
-    ids[context - block :] = mask_id
+    undecided = torch.randperm(block, generator=generator)[: masks(block)]
+    ids[context - block + undecided] = mask_id
     canvas[0, :context] = ids
+
+
+def masks(block: int) -> int:
+    """How many positions of a block `prepare` leaves undecided."""
+    return (block + 1) // 2
 
 
 def paired(
@@ -194,12 +206,14 @@ def bench(
     reset()
     binding = runner.executor.fill(ours)
     touched = touched_experts(runner.executor, binding)
-    costs = step_cost(plan.text, block, 1, block, context, touched)
+    costs = step_cost(plan.text, block, 1, masks(block), context, touched)
     rows = paired(contestants, inputs, reset, rounds)
     machine = measure(getattr(torch, model["dtype"]), threads)
+    times = _launch_times(runner.executor, ours, reset, rounds)
     return Table(
         rows=rows,
-        parts=_parts(runner.executor, ours, reset, costs, machine, rounds),
+        parts=_parts(runner.executor, times, costs, machine),
+        policy=_policy_share(plan.text["launches"], times),
         floor=sum(c.seconds(machine) for c in costs) * 1e3,
         bandwidth=machine.bandwidth / 1e9,
         rate=machine.rate / 1e9,
@@ -211,20 +225,27 @@ def bench(
     )
 
 
-def _parts(
-    executor: Backend,
-    inputs: Mapping[str, Tensor],
-    reset: Callable[[], None],
-    costs: Sequence[LaunchCost],
-    machine: Machine,
-    rounds: int,
-) -> list[Part]:
-    """The step's time by kernel, longest first: medians over rounds of each launch, summed up."""
+def _launch_times(
+    executor: Backend, inputs: Mapping[str, Tensor], reset: Callable[[], None], rounds: int
+) -> list[float]:
+    """Milliseconds of each launch, medians over rounds."""
     runs = []
     for _ in range(rounds):
         reset()
         runs.append([seconds for _, seconds in executor.time_step(inputs)])
-    medians = [statistics.median(times) * 1e3 for times in zip(*runs, strict=True)]
+    return [statistics.median(times) * 1e3 for times in zip(*runs, strict=True)]
+
+
+def _policy_share(launches: Sequence[Mapping[str, Any]], times: Sequence[float]) -> float:
+    """The part of the launches that no module of the model stands behind: the step's own."""
+    own = sum(ms for launch, ms in zip(launches, times, strict=True) if not launch["origin"])
+    return own / sum(times)
+
+
+def _parts(
+    executor: Backend, medians: Sequence[float], costs: Sequence[LaunchCost], machine: Machine
+) -> list[Part]:
+    """The step's time by kernel, longest first."""
     floors = {c.name: c.seconds(machine) * 1e3 for c in costs}
     sums: dict[str, list[float]] = {}
     for launch, median in zip(executor.plan.launches, medians, strict=True):

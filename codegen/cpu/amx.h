@@ -32,16 +32,36 @@ struct Tiles {
     INLINE ~Tiles() { asm volatile("tilerelease" : : : "memory"); }
 };
 
-// A step of 32 along K: HALVES tiles of rows against a panel's two tiles of columns.
-template <int HALVES> static INLINE void tile_step(const bf16 *a, const bf16 *b) {
-    constexpr int64_t row = 4 * PANEL, lda = 2 * Operand<bf16>::LDA;
+// C [32, 32], or its upper half.
+template <int HALVES> static INLINE void load_c(const float *c) {
+    constexpr int64_t row = 4 * PANEL;
+    _tile_loadd(0, c, row);
+    _tile_loadd(1, c + TILE_COLUMNS, row);
+    if (HALVES == 2) {
+        _tile_loadd(2, c + TILE_ROWS * PANEL, row);
+        _tile_loadd(3, c + TILE_ROWS * PANEL + TILE_COLUMNS, row);
+    }
+}
+template <int HALVES> static INLINE void store_c(float *c) {
+    constexpr int64_t row = 4 * PANEL;
+    _tile_stored(0, c, row);
+    _tile_stored(1, c + TILE_COLUMNS, row);
+    if (HALVES == 2) {
+        _tile_stored(2, c + TILE_ROWS * PANEL, row);
+        _tile_stored(3, c + TILE_ROWS * PANEL + TILE_COLUMNS, row);
+    }
+}
+
+// A step of 32 along K: HALVES tiles of rows, `lda` elements apart, against a panel's two tiles of columns.
+template <int HALVES> static INLINE void tile_step(const bf16 *a, int64_t lda, const bf16 *b) {
+    constexpr int64_t row = 4 * PANEL;
     _tile_loadd(6, b, row);
-    _tile_loadd(4, a, lda);
+    _tile_loadd(4, a, 2 * lda);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, b + 2 * TILE_COLUMNS, row);
     _tile_dpbf16ps(1, 4, 7);
     if (HALVES == 2) {
-        _tile_loadd(5, a + TILE_ROWS * Operand<bf16>::LDA, lda);
+        _tile_loadd(5, a + TILE_ROWS * lda, 2 * lda);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -53,43 +73,29 @@ static __attribute__((noinline)) void tile_tail(const bf16 *a, const bf16 *b, in
     alignas(64) bf16 whole[TILE_K * PANEL] = {};
     memcpy(whole, b, size_t(padded_k<bf16>(k) * PANEL) * sizeof(bf16));
     asm volatile("" : : : "memory");  // a load of tiles does not say that it reads
-    tile_step<HALVES>(a, whole);
+    tile_step<HALVES>(a, Operand<bf16>::LDA, whole);
 }
 
 template <int HALVES>
 static inline void tile_gemm(int64_t m, const bf16 *a, const bf16 *b, int64_t K, float *c,
                              bool add, Prefetch f) {
-    constexpr int64_t row = 4 * PANEL;
-    float *lower = c + TILE_ROWS * PANEL;
     TileConfig config;
     const int64_t rows[2] = {min_of(m, TILE_ROWS), m - TILE_ROWS};
     for (int h = 0; h < HALVES; h++)
         config.tile(2 * h, rows[h]), config.tile(2 * h + 1, rows[h]), config.tile(4 + h, rows[h]);
     config.tile(6, TILE_K / 2), config.tile(7, TILE_K / 2);
     const Tiles tiles(config);  // all zero
-    if (add) {
-        _tile_loadd(0, c, row);
-        _tile_loadd(1, c + TILE_COLUMNS, row);
-        if (HALVES == 2) {
-            _tile_loadd(2, lower, row);
-            _tile_loadd(3, lower + TILE_COLUMNS, row);
-        }
-    }
+    if (add) load_c<HALVES>(c);
     for (int64_t k0 = 0; k0 < K; k0 += KC, a += m * Operand<bf16>::LDA) {
         const int64_t kc = min_of(KC, K - k0);
         int64_t k = 0;
         for (; k + TILE_K <= kc; k += TILE_K, b += TILE_K * PANEL) {
             f.fetch_for(TILE_K * PANEL * 2);
-            tile_step<HALVES>(a + k, b);
+            tile_step<HALVES>(a + k, Operand<bf16>::LDA, b);
         }
         if (k < kc) tile_tail<HALVES>(a + k, b, kc - k);
     }
-    _tile_stored(0, c, row);
-    _tile_stored(1, c + TILE_COLUMNS, row);
-    if (HALVES == 2) {
-        _tile_stored(2, lower, row);
-        _tile_stored(3, lower + TILE_COLUMNS, row);
-    }
+    store_c<HALVES>(c);
 }
 
 #endif
