@@ -193,7 +193,7 @@ def _route(program: Program, node: Node) -> Launch | None:
         return None
     weights, experts = all_outputs(program, node, 2)
     args: list[Argument] = [Value(weights), Value(experts), Value(logits), optional(bias)]
-    args += [rows_of(program, logits), last(logits), Int(top_k), Int(int(score == "sigmoid"))]
+    args += [rows_of(program, logits), last(logits), Int(top_k), Int(ops.SCORES.index(str(score)))]
     args += [Int(int(groups)), Int(int(kept)), Int(int(bool(renormalize))), Float(scale)]  # type: ignore[call-overload]
     return _native("route", node, args, [weights, experts])
 

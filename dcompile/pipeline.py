@@ -36,13 +36,14 @@ def passes(options: Options) -> tuple[Pass, ...]:
     """The order. A pass stands twice where another leaves work for it."""
     return (
         Canonicalize(),
+        # As written: a mixture's dispatch may look like mixing positions, and is none.
+        FuseMoE(),
         FoldConstants(),
         Canonicalize(),
         ReuseKV(),
         Canonicalize(),
         # Roles before the fusions that hide what a linear layer feeds.
         FindRoles(),
-        FuseMoE(),
         MergeProjections(),
         FuseSiluMul(),
         Canonicalize(),

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from dcompile.ir.meta import KEY, facts
 from dcompile.ir.program import Input, Program
-from dcompile.ir.weights import Concat, Recipe, Source, Stack
+from dcompile.ir.weights import Concat, Item, Recipe, Rows, Source, Stack, Turn
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,8 @@ def _renumber(recipe: Recipe, first: int, layer: int) -> Recipe:
     """The same tensors of another layer: the first `.{first}.` of each name is the layer's number."""
     if isinstance(recipe, Source):
         return Source(re.sub(rf"\.{first}\.", f".{layer}.", recipe.name, count=1))
+    if isinstance(recipe, (Item, Turn, Rows)):
+        return replace(recipe, of=_renumber(recipe.of, first, layer))
     parts = tuple(_renumber(part, first, layer) for part in recipe.parts)
     if isinstance(recipe, Stack):
         return Stack(parts)

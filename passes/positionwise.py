@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.errors import MixesPositions
+from dcompile.ir import ops
 from dcompile.ir.evaluate import fixed_nodes
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Program
@@ -137,6 +138,9 @@ def _mixes(program: Program, node: Node, fixed: set[Node]) -> str:
         return _einsum(program, node)
     if target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
         return _matmul(program, node)
+    if target in (ops.ROUTE, ops.MOE_FFN):
+        # Both take and give rows along their first axis.
+        return "" if all(_axis(program, a) == 0 for a in moving) else "it routes along another axis"
     if target is aten.reshape.default:
         return _reshape(program, node)
     if target is aten.permute.default:

@@ -1,15 +1,18 @@
 // route: logits[R, E] -> the k experts of each row, best first, and their weights.
 //
-// score = softmax(logits) or sigmoid(logits); chosen by score + bias, in groups where there are
-// any: a group counts by the sum of its two best, and the best `kept_groups` stay.  Ties go to the
-// lowest index; a NaN is below everything.  weight = score (without bias), divided by the sum of
-// the chosen + 1e-20 where `renormalize`, times `scale`.
+// score = softmax(logits) or sigmoid(logits); chosen by score + bias (or, for the last three of
+// Score, by logits + bias), in groups where there are any: a group counts by the sum of its two
+// best, and the best `kept_groups` stay.  Ties go to the lowest index; a NaN is below everything.
+// weight = score (without bias; SOFTMAX_CHOSEN: the softmax over the chosen only), divided by the
+// sum of the chosen + 1e-20 where `renormalize`, times `scale`.
 #pragma once
 
 #include "team.h"
 
+enum Score : int64_t { SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_BY_LOGITS, SOFTMAX_BY_LOGITS };
+
 struct RouteShape {
-    int64_t E, k, sigmoid, groups, kept_groups, renormalize;
+    int64_t E, k, score, groups, kept_groups, renormalize;
     float scale;
 };
 
@@ -25,6 +28,18 @@ static inline void score_row(float *score, const float *logits, int64_t E, bool 
         store_n(score + e, vexp(load_n(logits + e, E - e) - best), E - e);
     for (int64_t e = 0; e < E; e++) sum += score[e];
     for (int64_t e = 0; e < E; e++) score[e] /= sum;
+}
+
+// Weights of the chosen experts before they are renormalised and scaled: a softmax of k logits.
+static inline void softmax_chosen(float *weights, const float *logits, const int32_t *chosen,
+                                  int64_t k) {
+    float best = -__builtin_inff(), sum = 0.0f;
+    for (int64_t i = 0; i < k; i++) best = logits[chosen[i]] > best ? logits[chosen[i]] : best;
+    for (int64_t i = 0; i < k; i++) {
+        vf z = splat(logits[chosen[i]] - best);
+        sum += weights[i] = vexp(z)[0];
+    }
+    for (int64_t i = 0; i < k; i++) weights[i] /= sum;
 }
 
 // The k largest keys, largest first, the lower index first among equals.
@@ -65,18 +80,24 @@ static void route(float *weights, int32_t *experts, const float *logits, const f
         float *sums = keys + padded;
         int32_t *order = reinterpret_cast<int32_t *>(sums + padded);
         for (int64_t r = first; r < last; r++) {
-            score_row(score, logits + r * s.E, s.E, s.sigmoid);
+            const float *z = logits + r * s.E;
+            score_row(score, z, s.E, s.score == SIGMOID || s.score == SIGMOID_BY_LOGITS);
+            const float *by = s.score >= SOFTMAX_CHOSEN ? z : score;
             for (int64_t e = 0; e < s.E; e++) {
-                float key = bias ? score[e] + bias[e] : score[e];
+                float key = bias ? by[e] + bias[e] : by[e];
                 keys[e] = key == key ? key : -__builtin_inff();
             }
             if (s.groups > 1 && s.kept_groups < s.groups) drop_groups(keys, order, sums, s);
             int32_t *chosen = experts + r * s.k;
+            float *weight = weights + r * s.k, sum = 1e-20f;
             top(chosen, s.k, keys, s.E);
-            float sum = 1e-20f;
-            for (int64_t i = 0; i < s.k; i++) sum += score[chosen[i]];
-            const float by = s.renormalize ? s.scale / sum : s.scale;
-            for (int64_t i = 0; i < s.k; i++) weights[r * s.k + i] = score[chosen[i]] * by;
+            if (s.score == SOFTMAX_CHOSEN)
+                softmax_chosen(weight, z, chosen, s.k);
+            else
+                for (int64_t i = 0; i < s.k; i++) weight[i] = score[chosen[i]];
+            for (int64_t i = 0; i < s.k; i++) sum += weight[i];
+            const float factor = s.renormalize ? s.scale / sum : s.scale;
+            for (int64_t i = 0; i < s.k; i++) weight[i] *= factor;
         }
     });
 }

@@ -231,6 +231,8 @@ def _constants(
     renormalize: bool,
     scale: float,
 ) -> dict[str, ConstantValue]:
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"there is no CUDA kernel for routing by {score}")
     grouped = groups > 1
     return {
         **{"E": num_experts, "EP": power_of_two(num_experts, 16), "TOP": top_k},

@@ -313,6 +313,10 @@ def _(qkv, q_norm, k_norm, cos, sin, row_seq, row_pos, keys, values, heads, eps)
     return q, torch.empty_like(keys), torch.empty_like(values)
 
 
+# By what experts are chosen, and what they are weighted with; the place is the number in the ABI.
+SCORES = ("softmax", "sigmoid", "softmax_chosen", "sigmoid_by_logits", "softmax_by_logits")
+
+
 @custom_op("dcompile::route", mutates_args=())
 def route(
     logits: Tensor,
@@ -326,12 +330,16 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """logits [R, E] -> weights f32 [R, k], experts i32 [R, k], best first, ties to the lowest index.
 
-    score "softmax" over all experts or "sigmoid"; chosen by score (+ bias), by group where groups > 1
-    (a group's score is the sum of its two best; the best kept_groups stay).  NaN counts as lowest.
+    score "softmax" over all experts or "sigmoid": chosen by score (+ bias); "softmax_by_logits" and
+    "sigmoid_by_logits" are weighted by the same scores, "softmax_chosen" by a softmax over the chosen
+    experts only, and chosen by the logits (+ bias), which stay apart where scores round to one value.
+    By group where groups > 1 (a group's score is the sum of its two best; the best kept_groups stay).
+    NaN counts as lowest.
     """
     z = logits.float()
-    s = torch.softmax(z, -1) if score == "softmax" else torch.sigmoid(z)
-    chosen_by = s if bias is None else s + bias.float()
+    s = torch.sigmoid(z) if score.startswith("sigmoid") else torch.softmax(z, -1)
+    chosen_by = s if score in ("softmax", "sigmoid") else z
+    chosen_by = chosen_by if bias is None else chosen_by + bias.float()
     chosen_by = torch.where(chosen_by.isnan(), NEG_INF, chosen_by)
     rows, experts = chosen_by.shape
     if groups > 1:
@@ -342,6 +350,8 @@ def route(
         chosen_by = grouped.masked_fill(~keep[:, :, None], NEG_INF).reshape(rows, experts)
     order = torch.argsort(-chosen_by, dim=-1, stable=True)[:, :top_k]
     weights = s.gather(-1, order)
+    if score == "softmax_chosen":
+        weights = torch.softmax(z.gather(-1, order), -1)
     if renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * scale, order.to(torch.int32)
@@ -371,6 +381,7 @@ def moe_ffn(
     """Each row's experts, weighted and added: y[r] = sum_j w[r, j] FFN_{e[r, j]}(x[r]).
 
     x [R, D], weights f32 [R, k], experts i32 [R, k], gate_up [E, 2F, D] (gate first), down [E, D, F].
+    A slot of expert -1 is empty.
     """
     F = torch.nn.functional
     act = {
@@ -380,7 +391,7 @@ def moe_ffn(
         "relu": F.relu,
     }[activation]
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in experts.unique().tolist():
+    for e in [e for e in experts.unique().tolist() if e >= 0]:
         row, rank = (experts == e).nonzero(as_tuple=True)
         gate, up = F.linear(
             x[row], gate_up[e], None if gate_up_bias is None else gate_up_bias[e]

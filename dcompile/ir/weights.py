@@ -57,4 +57,46 @@ class Concat:
             yield from part.names()
 
 
-Recipe = Source | Stack | Concat
+@dataclass(frozen=True)
+class Item:
+    """One tensor of a stack: `of`[index]."""
+
+    of: Recipe
+    index: int
+
+    def read(self, read: Read) -> torch.Tensor:
+        return self.of.read(read)[self.index]
+
+    def names(self) -> Iterator[str]:
+        yield from self.of.names()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A matrix transposed."""
+
+    of: Recipe
+
+    def read(self, read: Read) -> torch.Tensor:
+        return self.of.read(read).transpose(0, 1)
+
+    def names(self) -> Iterator[str]:
+        yield from self.of.names()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of a tensor."""
+
+    of: Recipe
+    start: int
+    stop: int
+
+    def read(self, read: Read) -> torch.Tensor:
+        return self.of.read(read)[self.start : self.stop]
+
+    def names(self) -> Iterator[str]:
+        yield from self.of.names()
+
+
+Recipe = Source | Stack | Concat | Item | Turn | Rows

@@ -48,19 +48,22 @@ def small_program(
     ).run_decompositions({})
     graph = torch.fx.GraphModule({}, exported.graph)
     holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    names = [*(weights or {}), *inputs]
+    lifted = [s for s in exported.graph_signature.input_specs if s.kind.name == "CONSTANT_TENSOR"]
+    constants = {s.arg.name: exported.constants[s.target] for s in lifted}
+    names = [*(weights or {}), *constants, *inputs]
     items = []
     for node, name in zip(holders, names, strict=True):
         node._rename(name)
         node.target = name
-        items.append(Input(name, "weight" if name in (weights or {}) else "step"))
+        known = "weight" if name in (weights or {}) else "constant" if name in constants else "step"
+        items.append(Input(name, known))
     for node in graph.graph.nodes:
         node.meta = {"val": node.meta.get("val"), KEY: Facts()}
     (result,) = graph.graph.output_node().args
     outputs = [Output(f"out{i}") for i in range(len(result))]
     symbols = {str(n.meta["val"].shape[rows].node.expr): "R" for n in holders if n.name in inputs}
     program = Program(
-        graph, items, outputs, SHAPE, {n: Source(n) for n in weights or {}}, {}, symbols
+        graph, items, outputs, SHAPE, {n: Source(n) for n in weights or {}}, constants, symbols
     )
     program.stage = Stage.PLANNED
     if canonical:
