@@ -231,6 +231,7 @@ TASKS: Mapping[str, Task] = {
 }
 HARD_TASKS = ("long_spelling", "long_sum", "two_digit_sorting", "word_sorting", "long_reversal")
 DEFAULT_TASKS = ("spell_backward", "chain_sum", "number_sorting", "word_sequence_reversal")
+MIXES = {"default": DEFAULT_TASKS, "hard": HARD_TASKS}
 
 
 def entries(name: str, seed: int, size: int) -> Iterator[Item]:
@@ -713,14 +714,14 @@ def arguments() -> Run:
     parser.add_argument("--minutes", type=float, default=35.0)
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tasks", default=",".join(DEFAULT_TASKS), help=", ".join(TASKS))
+    parser.add_argument("--tasks", default="default", help=", ".join([*MIXES, *TASKS]))
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--pool", type=int, default=60_000)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--begin-from", type=Path, metavar="MODEL")
     parser.add_argument("--save-at", default="", help="minutes, for example 15,25")
     given = vars(parser.parse_args())
-    given["tasks"] = tuple(given["tasks"].split(","))
+    given["tasks"] = MIXES.get(given["tasks"], tuple(given["tasks"].split(",")))
     given["save_at"] = tuple(float(m) for m in given["save_at"].split(",") if m)
     return Run(**given)
 
