@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -84,10 +86,16 @@ def build(folder: Path, seconds: float) -> bool:
         command = ["cmake", "-S", str(source(folder)), "-B", str(program), "-G", "Ninja", *CMAKE]
         subprocess.run(command, check=True)
     command = ["cmake", "--build", str(program), "-j1", "--target", "llama-diffusion-cli"]
-    try:
-        subprocess.run(command, check=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return False
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(
+                process.pid, signal.SIGINT
+            )  # all of it, or the next build would meet this one's
+            return False
+    if code:
+        raise SystemExit(f"{' '.join(command)} failed with {code}")
     return True
 
 

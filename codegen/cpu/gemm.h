@@ -161,18 +161,19 @@ inline void gemm<bf16>(int64_t m, const bf16 *a, const bf16 *panel, int64_t K, f
 }
 #endif
 
-// C for all tiles of some rows against one panel, c [rows, 32]; meanwhile fetches the next panel.
+// C for all tiles of some rows against one panel, c [rows, 32]; meanwhile fetches what comes next.
 template <class T>
 static inline void gemm_panel(const Tiling &tiles, int64_t first, int64_t last,
                               const typename Operand<T>::A *a, const T *panel, const T *next,
                               int64_t K, float *c) {
-    const char *at = reinterpret_cast<const char *>(next ? next : panel);
-    const int64_t bytes = panel_size<T>(K) * sizeof(T);
+    const int64_t bytes = panel_size<T>(K) * sizeof(T), parts = last - first == 1 ? 1 : 2;
+    const bool nearby = parts == 1 && Operand<T>::AHEAD;
+    const char *at = nearby ? reinterpret_cast<const char *>(panel) + Operand<T>::AHEAD
+                            : reinterpret_cast<const char *>(next ? next : panel);
     for (int64_t t = first; t < last; t++) {
         // One tile fetches all of the panel, or the first two half of it each.
         const int64_t row = tiles.first(t), tile = t - first;
-        const int64_t parts = last - first == 1 ? 1 : 2;
-        const bool fetches = next && tile < parts;
+        const bool fetches = nearby || (next && tile < parts);
         const Prefetch f(at + (fetches ? tile * (bytes / parts) : 0), bytes / parts,
                          fetches ? 128 / parts : 0);
         gemm<T>(tiles.size(t), a + row * row_size<T>(K), panel, K, c + row * PANEL, false, f);
