@@ -391,6 +391,33 @@ def export_command(
 
 
 @app.command()
+def tune(
+    path: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT|CHECKPOINT", help="Whose kernels to tune.")
+    ],
+    families: Annotated[
+        str, typer.Option(metavar="linear,attend", help="Only these; default all.")
+    ] = "",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of an iteration.")] = 32,
+    most: Annotated[int, typer.Option(min=1, help="Choices of tiles a shape.")] = 32,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Default: the compiler's own table.")
+    ] = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Time the tiles of a model's CUDA kernels on this GPU; later compiles use the fastest."""
+    from rich.console import Console
+
+    from dcompile.tuning.command import shown, tune_path
+
+    chosen = [name.strip() for name in families.split(",") if name.strip()]
+    with _progress(quiet) as progress:
+        progress("looking for a GPU")
+        found = tune_path(path, families=chosen, rows=rows, most=most, out=out, progress=progress)
+    Console(width=120).print(shown(found))
+
+
+@app.command()
 def demo() -> None:
     """Compile and run the small trained model that ships with the package."""
     from dcompile.demo import run_demo

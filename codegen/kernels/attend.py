@@ -249,7 +249,7 @@ def launches(
     `window`: how many rows of one sequence usually run together; only speed depends on it.
     """
     shared = heads // groups
-    tiles = tiles or attend_tiles(window * shared, size, dtype, arch)
+    tiles = tiles or attend_tiles(window, heads, groups, size, dtype, arch)
     block = max(tiles.rows, power_of_two(shared, 16))
     chunks = cdiv(positions, tiles.depth)
     split = chunks > 1

@@ -1,4 +1,4 @@
-"""How the work of each family is cut into tiles: a default by shape, and the candidates for tuning.
+"""How the work of each family is cut into tiles: what was tuned, or a default by shape; and the candidates.
 
 Candidates are plain data; `gate.py` refuses those that spill or need more shared memory than a chip
 has, and what remains is timed on a GPU.  The depth and the splits fix the order of a row's sum, so
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from dcompile.codegen.kernels.tuned import find
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,15 @@ ARCHITECTURES: Mapping[int, Architecture] = {
 FLOAT32 = Tiles(16, 32, 32, warps=4, stages=2)
 
 
+def _tuned(family: str, arch: int, dtype: str, **sizes: int) -> Tiles | None:
+    found = find(family, arch, dtype, **sizes)
+    return None if found is None else Tiles(**found)
+
+
 def linear_tiles(n: int, k: int, dtype: str, arch: int) -> Tiles:
     """Enough programs to fill the chip once: narrow tiles first, then runs of the sum."""
+    if (found := _tuned("linear", arch, dtype, n=n, k=k)) is not None:
+        return found
     if dtype == "f32":
         return FLOAT32
     processors = ARCHITECTURES[arch].processors
@@ -60,28 +69,46 @@ def linear_tiles(n: int, k: int, dtype: str, arch: int) -> Tiles:
     return Tiles(32, columns, 128, splits, 4, 4)
 
 
-def gate_up_tiles(dtype: str, arch: int) -> Tiles:
+def gated_tiles(n: int, k: int, dtype: str, arch: int) -> Tiles:
+    """Of a product [rows, 2 n] whose halves meet in one program, so that its sum has one run."""
+    if (found := _tuned("gated", arch, dtype, n=n, k=k)) is not None:
+        return found.unsplit()
+    return linear_tiles(2 * n, k, dtype, arch).unsplit()
+
+
+def gate_up_tiles(n: int, k: int, experts: int, dtype: str, arch: int) -> Tiles:
+    if (found := _tuned("gate_up", arch, dtype, n=n, k=k, e=experts)) is not None:
+        return found
     if dtype == "f32":
         return FLOAT32
     return Tiles(16, 64, 128, warps=4, stages=3 if ARCHITECTURES[arch].shared > 150_000 else 2)
 
 
-def down_tiles(dtype: str, arch: int) -> Tiles:
+def down_tiles(n: int, k: int, experts: int, dtype: str, arch: int) -> Tiles:
+    if (found := _tuned("down", arch, dtype, n=n, k=k, e=experts)) is not None:
+        return found
     if dtype == "f32":
         return FLOAT32
     return Tiles(16, 64, 128, warps=4, stages=4 if ARCHITECTURES[arch].shared > 150_000 else 3)
 
 
-def vocab_tiles(dtype: str, arch: int) -> Tiles:
+def vocab_tiles(vocab: int, hidden: int, dtype: str, arch: int) -> Tiles:
     """`splits` programs share the vocabulary; two a processor hide each other's reductions."""
+    if (found := _tuned("vocab_choice", arch, dtype, v=vocab, d=hidden)) is not None:
+        return found
     splits = 2 * ARCHITECTURES[arch].processors
     if dtype == "f32":
         return replace(FLOAT32, splits=splits)
     return Tiles(32, 64, 128, splits, 4, 4)
 
 
-def attend_tiles(vectors: int, head_size: int, dtype: str, arch: int) -> Tiles:
-    """`vectors`: queries that share a key head in one iteration (window rows x heads a group)."""
+def attend_tiles(
+    window: int, heads: int, groups: int, head_size: int, dtype: str, arch: int
+) -> Tiles:
+    """`window` rows of a sequence usually run together; window x heads / groups queries share a key head."""
+    if (found := _tuned("attend", arch, dtype, h=heads, g=groups, d=head_size)) is not None:
+        return found
+    vectors = window * (heads // groups)
     if dtype == "f32":
         return Tiles(16, 16 if head_size > 64 else 32, 256, warps=4, stages=1)
     rows = 16
@@ -105,9 +132,10 @@ def _grid(rows: tuple[int, ...], columns: tuple[int, ...], depths: tuple[int, ..
 
 def candidates(family: str, tiles: Tiles) -> list[Tiles]:
     """What tuning may try for a family, beginning with its default `tiles`; duplicates left out."""
-    if family == "linear":
+    if family in ("linear", "gated"):
         grid = _grid((16, 32), (32, 64, 128), (64, 128, 256))
-        found = [replace(t, splits=s) for t in grid for s in (1, 2, 4, 8)]
+        splits = (1, 2, 4, 8) if family == "linear" else (1,)
+        found = [replace(t, splits=s) for t in grid for s in splits]
     elif family in ("gate_up", "down"):
         found = _grid((16, 32), (32, 64, 128), (64, 128))
     elif family == "vocab_choice":

@@ -22,7 +22,7 @@ from dcompile.codegen.kernels.assemble import (
     operand,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, linear_tiles
+from dcompile.codegen.kernels.configurations import Tiles, gated_tiles, linear_tiles
 from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
 from dcompile.codegen.kernels.variant import ConstantValue, Expression, Lowering, Scratch
 
@@ -221,7 +221,7 @@ def gated_launches(
 
     Operands y, x, w, bias: a linear whose only reader is silu_mul of its two halves.
     """
-    tiles = tiles or linear_tiles(2 * n, k, dtype, arch).unsplit()
+    tiles = tiles or gated_tiles(n, k, dtype, arch)
     step = assemble(
         f"linear_{activation}_mul_n{n}k{k}{'_bias' if bias else ''}_{dtype}",
         "linear:gated",

@@ -221,7 +221,8 @@ def launches(
 
     gate_up [num_experts + shared, 2 width, hidden] (gate first), down [num_experts + shared, hidden, width].
     """
-    up, out = up_tiles or gate_up_tiles(dtype, arch), out_tiles or down_tiles(dtype, arch)
+    up = up_tiles or gate_up_tiles(width, hidden, num_experts + shared, dtype, arch)
+    out = out_tiles or down_tiles(hidden, width, num_experts + shared, dtype, arch)
     choices = top_k + shared
     slots: Expression = {"mul": [rows, choices]}
     name = f"e{num_experts}k{top_k}{f's{shared}' if shared else ''}"

@@ -279,7 +279,7 @@ def launches(
 
     With `asked` tokens a position also choice_score f32 [B, n], asked i64, probability, score f32 [B, n, S].
     """
-    tiles = tiles or vocab_tiles(dtype, arch)
+    tiles = tiles or vocab_tiles(vocab, hidden, dtype, arch)
     rows: Expression = {"mul": [sequences, length]}
     run = cdiv(cdiv(vocab, tiles.columns), tiles.splits)
     runs = cdiv(cdiv(vocab, tiles.columns), run)

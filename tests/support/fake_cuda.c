@@ -19,7 +19,7 @@ EXPORT size_t fake_memory = (size_t)1 << 33;
 EXPORT double fake_milliseconds = 0; /* the GPU's clock: one a kernel, and what a kernel adds */
 EXPORT int fake_turns = 100000;      /* an endless loop is an error here */
 EXPORT int fake_refused = 0;         /* the status that every launch returns */
-typedef void (*Hook)(const char *name, const unsigned *grid, int threads, int shared, void **params);
+typedef void (*Hook)(const char *name, unsigned long long digest, const unsigned *grid, int threads, int shared, void **params);
 EXPORT Hook fake_hook = 0;
 static size_t held = 0;
 static int live = 0; /* allocations, modules, graphs, events that nobody gave back */
@@ -37,7 +37,13 @@ static void say(const char *format, ...) {
 EXPORT const char *fake_log(void) { return text ? text : ""; }
 EXPORT void fake_forget(void) { used = 0; if (text) *text = 0; }
 
-struct CUfunc_st { char name[128]; int count, sizes[MOST]; };
+struct CUfunc_st { char name[128]; unsigned long long digest; int count, sizes[MOST]; };
+/* Of a module's bytes: two kernels may have one name. */
+EXPORT unsigned long long fake_digest(const unsigned char *at, size_t size) {
+  unsigned long long x = 14695981039346656037ull;
+  for (size_t i = 0; i < size; ++i) x = (x ^ at[i]) * 1099511628211ull;
+  return x;
+}
 typedef struct Memory { char *at; size_t size; int pinned; struct Memory *next; } Memory;
 static Memory *memory = 0;
 typedef struct Node {
@@ -62,6 +68,10 @@ static Memory *find(const void *at) {
     if ((char *)at >= m->at && (char *)at < m->at + (m->size ? m->size : 1)) return m;
   return 0;
 }
+EXPORT size_t fake_extent(const void *at) { /* bytes from here to the end of the allocation */
+  Memory *m = find(at);
+  return m ? m->at + m->size - (char *)at : 0;
+}
 static int inside(const void *at, size_t size, int pinned) {
   Memory *m = find(at);
   return m && m->pinned == pinned && (char *)at + size <= m->at + m->size;
@@ -82,7 +92,7 @@ static CUresult run_kernel(Node *node) {
     CUgraph body = *(CUgraph *)params[0];
     body->condition = **(int **)params[1];
   } else if (fake_hook) {
-    fake_hook(node->function->name, node->grid, node->threads, node->shared, params);
+    fake_hook(node->function->name, node->function->digest, node->grid, node->threads, node->shared, params);
   }
   return 0;
 }
@@ -208,7 +218,7 @@ EXPORT CUresult cuEventElapsedTime(float *out, CUevent a, CUevent b) {
   return *out = (float)(b->time - a->time), 0;
 }
 
-struct CUmod_st { const char *image; char *copy; };
+struct CUmod_st { const char *image; char *copy; size_t size; };
 static int arch_of(const Elf64_Ehdr *head) {
   unsigned flags = head->e_ident[8] >= 8 ? head->e_flags >> 8 : head->e_flags;
   return flags & 0xFF;
@@ -225,17 +235,21 @@ EXPORT CUresult cuModuleLoadData(CUmodule *out, const void *image) {
     const Elf64_Ehdr *head = image;
     const Elf64_Shdr *section = (void *)((char *)image + head->e_shoff);
     size = head->e_shoff + (size_t)head->e_shnum * sizeof *section;
+    if (head->e_phnum && head->e_phoff + head->e_phnum * sizeof(Elf64_Phdr) > size)
+      size = head->e_phoff + head->e_phnum * sizeof(Elf64_Phdr);
     for (int i = 0; i < head->e_shnum; ++i)
       if (section[i].sh_type != SHT_NOBITS && section[i].sh_offset + section[i].sh_size > size)
         size = section[i].sh_offset + section[i].sh_size;
   }
   module->image = module->copy = memcpy(malloc(size), image, size);
+  module->size = size;
   return ++live, *out = module, 0;
 }
 EXPORT CUresult cuModuleUnload(CUmodule module) { return --live, free(module->copy), free(module), 0; }
 EXPORT CUresult cuModuleGetFunction(CUfunction *out, CUmodule module, const char *name) {
   CUfunction function = calloc(1, sizeof *function); /* as the real one's, gone with the process */
   snprintf(function->name, sizeof function->name, "%s", name);
+  function->digest = fake_digest((void *)module->image, module->size);
   *out = function;
   if (memcmp(module->image, "\177ELF", 4)) {
     const char *end = strchr(module->image, '{'), *at = strstr(module->image, ".entry");

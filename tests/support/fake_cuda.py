@@ -25,6 +25,7 @@ ATTRIBUTES = {16: 132, 39: 2048, 81: 233472, 82: 65536, 97: 232448}
 _Hook = ctypes.CFUNCTYPE(
     None,
     ctypes.c_char_p,
+    ctypes.c_uint64,
     ctypes.POINTER(ctypes.c_uint),
     ctypes.c_int,
     ctypes.c_int,
@@ -64,27 +65,41 @@ class FakeCuda:
     library: Path
     arch: int = 90
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    """By the entry's name."""
+    by_digest: dict[int, Kernel] = field(default_factory=dict)
+    """By the module that it is in; these come first."""
     errors: list[BaseException] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.c = ctypes.CDLL(str(self.library))
         self.c.fake_log.restype = ctypes.c_char_p
+        self.c.fake_extent.restype = ctypes.c_size_t
+        self.c.fake_digest.restype = ctypes.c_uint64
         attributes = (ctypes.c_int * 256).in_dll(self.c, "fake_attributes")
         for number, value in {**ATTRIBUTES, 75: self.arch // 10, 76: self.arch % 10}.items():
             attributes[number] = value
         self._attributes = attributes
         self._hook = _Hook(self._call)
-        _Hook.in_dll(self.c, "fake_hook").value = None  # keeps the type alive
         ctypes.c_void_p.in_dll(self.c, "fake_hook").value = ctypes.cast(
             self._hook, ctypes.c_void_p
         ).value
 
-    def _call(self, name: bytes, grid: Any, threads: int, shared: int, params: Any) -> None:
+    def _call(
+        self, name: bytes, digest: int, grid: Any, threads: int, shared: int, params: Any
+    ) -> None:
         try:
-            kernel = self.kernels[name.decode()]
+            kernel = self.by_digest.get(digest) or self.kernels[name.decode()]
             kernel(Launched(name.decode(), (grid[0], grid[1], grid[2]), threads, shared, params))
         except BaseException as error:  # C cannot raise it
             self.errors.append(error)
+
+    def digest(self, image: bytes) -> int:
+        """What a module of these bytes is known by."""
+        return int(self.c.fake_digest(image, ctypes.c_size_t(len(image))))
+
+    def extent(self, address: int) -> int:
+        """Bytes from an address to the end of the memory that it lies in."""
+        return int(self.c.fake_extent(ctypes.c_void_p(address)))
 
     def set(self, name: str, value: int) -> None:
         """A setting of fake_cuda.c, without its prefix."""
