@@ -378,16 +378,47 @@ def bench(
 def export_command(
     model: Annotated[Path, typer.Argument(help="An artifact, or a checkpoint.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The file or folder to write.")],
-    format: Annotated[str, typer.Option(help="folder or dcx.")],
+    format: Annotated[str, typer.Option(help="onnx, folder or dcx.")],
+    entry: Annotated[
+        str, typer.Option(help="window: some positions, keys and values in and out. full: all.")
+    ] = "window",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_length: Annotated[int | None, typer.Option(help="Positions a sequence, at most.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Positions decoded together.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Which candidates commit.")] = None,
+    score: Annotated[str | None, typer.Option(help="As for compile.")] = None,
+    cache: Annotated[str | None, typer.Option(help="The choice of rows that is recorded.")] = None,
+    mask_id: Annotated[int | None, typer.Option(help="Where the checkpoint lacks it.")] = None,
+    eos_id: Annotated[
+        list[int] | None, typer.Option(help="Instead of the checkpoint's; repeatable.")
+    ] = None,
     quiet: _Quiet = False,
 ) -> None:
-    """Take a model out: an artifact as a folder or as one file."""
-    from dcompile.export.command import Asked, export
+    """Take a model out: its denoising step as ONNX, or an artifact as a folder or one file.
 
+    Options from --max-length on are for checkpoints; an artifact has its own.
+    """
+    from dcompile.export.command import Asked, export
+    from dcompile.options import Options
+
+    given: dict[str, Any] = {
+        "max_length": max_length,
+        "block_length": block_length,
+        "policy": policy,
+        "score": score,
+        "cache": cache,
+        "mask_id": mask_id,
+        "eos_ids": tuple(eos_id) if eos_id else None,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = Options(dtype=dtype, **chosen)
+    options.validate()
     with _progress(quiet) as progress:
-        export(Asked(model, out, format, progress))
+        made = export(Asked(model, out, format, progress, entry, options))
     if not quiet:
-        typer.echo(f"wrote {out}", err=True)
+        for note in made.notes:
+            typer.echo(note, err=True)
+        typer.echo(f"wrote {', '.join(map(str, made.files))}", err=True)
 
 
 @app.command()

@@ -70,7 +70,7 @@ def test_errors_have_names(make: Any, tmp_path: Path) -> None:
     artifact, checkpoint = made.artifact, made.folder
 
     def ask(source: Path, out: Path, format: str) -> Path:
-        return export(Asked(source, out, format, lambda _: None))
+        return export(Asked(source, out, format)).files[0]
 
     with pytest.raises(OptionError, match=r"no export format 'tflite'(.|\n)*folder"):
         ask(artifact, tmp_path / "x", "tflite")
