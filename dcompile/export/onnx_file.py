@@ -50,6 +50,7 @@ def write_onnx(
     The model is checked by onnx.checker, with full shape inference, before anything appears.  Weights are
     read and written one at a time.  Raises OutputError.
     """
+    check_target(out)
     step = portable(source, entry, dtype)
     model = onnx_model(step)
     model.metadata_props["dcompile"] = json.dumps(_facts(source, entry), sort_keys=True)
@@ -135,13 +136,19 @@ def _outside(
     )
 
 
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` whose files move there at the end, the one called `out` last."""
+def check_target(out: Path) -> None:
+    """Raise OutputError where no file can be written at `out`."""
     if not out.name or not out.parent.is_dir():
         raise OutputError("there is no folder to write to", where=str(out.parent))
     if out.exists() and not out.is_file():
         raise OutputError("the output exists and is no file", where=str(out))
+    if not os.access(out.parent, os.W_OK):
+        raise OutputError("the folder cannot be written to", where=str(out.parent))
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` whose files move there at the end, the one called `out` last."""
     folder = out.parent / f".{out.name}.{os.getpid()}-{uuid4().hex}.tmp"
     try:
         folder.mkdir()
