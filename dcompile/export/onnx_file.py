@@ -72,7 +72,7 @@ def _facts(source: Source, entry: Entry) -> Mapping[str, object]:
         "entry": entry,
         "model": {**source.model, "block_length": source.program.model_block},
         "policy": source.policy,
-        "cache": source.cache,
+        "loop": source.loop,
         "block_length": sizes["n"],
         "max_length": sizes["L"],
     }

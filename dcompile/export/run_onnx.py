@@ -75,8 +75,11 @@ def generate(
     knobs = {**step.facts["policy"]["parameters"], **parameters}
     unknown = set(knobs) - set(step.facts["policy"]["parameters"])
     end = len(prompt) + gen_length
-    total = end if span is None else end + -end % max(n, span)
-    if unknown or total > step.facts["max_length"] or (span is None and gen_length % n):
+    choice = {**step.facts["loop"], **({} if cache is None else {"cache": cache})}
+    aligned = choice.get("aligned")
+    aligned = span is not None if aligned is None else bool(aligned)
+    total = end + -end % (max(n, span or 1) if aligned else 1)
+    if unknown or total > step.facts["max_length"] or (not aligned and gen_length % n):
         raise ValueError(
             f"the model takes {step.facts['max_length']} positions, blocks of {n} and the parameters "
             f"{sorted(step.facts['policy']['parameters'])}"
@@ -85,9 +88,8 @@ def generate(
     canvas[0, : len(prompt)] = prompt
     held = step.state(total)
     policy = {item["name"]: item["reset"] for item in step.facts["policy"]["state"]}
-    begin = len(prompt) if span is None else len(prompt) - len(prompt) % n
+    begin = len(prompt) - len(prompt) % n if aligned else len(prompt)
     previous, tick = None, 0
-    choice = {**step.facts["cache"], **({} if cache is None else {"cache": cache})}
     while begin < end:
         block = np.arange(begin, begin + n)
         for name in [name for name, reset in policy.items() if reset == "block"]:
@@ -99,7 +101,6 @@ def generate(
             "temperature": np.array([temperature]),
             "seed": np.array([seed]),
             "prompt_end": np.array([len(prompt)]),
-            "full": np.ones(1, np.int64),
             **{name: np.array([value]) for name, value in knobs.items()},
         }
         place = {"begin": begin, "total": total, "previous": previous, "span": span, "n": n}

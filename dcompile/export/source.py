@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dcompile.codegen.cpu.pack import packed_size, unpack_linear
 from dcompile.driver import manifest_facts, open_origin, settle, trace_origin
-from dcompile.errors import ArtifactError
+from dcompile.errors import ArtifactError, OptionError
 from dcompile.export.containers import is_artifact
 from dcompile.ir import stored
 from dcompile.ir.edit import value
@@ -28,7 +28,16 @@ from dcompile.runtime.artifact import Artifact, open_artifact
 
 PROGRAM = "program.json"
 _TOKENIZER = "tokenizer/"
-_CACHE = ("cache", "look_back", "look_ahead", "warmup", "refresh_every", "cross_block")
+_LOOP = (
+    "manager",
+    "aligned",
+    "cache",
+    "look_back",
+    "look_ahead",
+    "warmup",
+    "refresh_every",
+    "cross_block",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Source:
     read: Callable[[StoredInput], Tensor]  # a weight or constant, in the program's dtype
     model: Mapping[str, Any]  # family, vocab_size, mask_id, eos_ids, shift, block_length
     policy: Mapping[str, Any]  # name, parameters with their defaults, state with its resets
-    cache: Mapping[str, Any]  # the compile-time choice of rows
+    loop: Mapping[str, Any]  # the compile-time choices of the loop: order of blocks, rows
     tokenizer: Mapping[str, bytes]
 
 
@@ -135,6 +144,11 @@ def _source(
     options: Mapping[str, Any],
     tokenizer: Mapping[str, bytes],
 ) -> Source:
-    cache = {key: options[key] for key in _CACHE if key in options}
+    if options.get("manager", "blockwise") == "pipelined":
+        raise OptionError(
+            "a step of pipelined blocks cannot be exported: its sequences have several blocks each",
+            remedy="--manager blockwise",
+        )
+    loop = {key: options[key] for key in _LOOP if key in options}
     dtype = getattr(torch, model["dtype"])
-    return Source(program, dtype, read, model, policy, cache, tokenizer)
+    return Source(program, dtype, read, model, policy, loop, tokenizer)

@@ -141,7 +141,7 @@ def test_every_cache_chooses_our_rows(make: Any, options: dict[str, Any]) -> Non
     """One model serves all: rows are an input."""
     made = make("dream")
     step = run_onnx.Step(onnx_of(made), threads=1)
-    step.facts["cache"].update(options)
+    step.facts["loop"].update(options)
     runner = Runner.load(made.artifact)
     from dcompile.runtime.caches import cache_policy
 
