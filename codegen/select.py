@@ -230,6 +230,18 @@ def _vocab_choice(program: Program, node: Node) -> Launch | None:
     return _native(f"{kernel}_{end}", node, args, list(found))
 
 
+def _vocab_soft_embed(program: Program, node: Node) -> Launch | None:
+    x, head, bias, table, live, weight = node.args
+    end = _suffix(x, head, bias, table)
+    if end is None or not is_weight(program, head) or not is_weight(program, table):
+        return None
+    assert isinstance(x, Node) and isinstance(head, Node) and isinstance(table, Node)
+    args: list[Argument] = [Value(node), Value(x), Value(head, layout="packed"), optional(bias)]
+    args += [Value(table), optional(live), optional(weight), rows_of(program, x)]
+    args += [Int(int(value(head).shape[0])), last(x), last(table), Int(int(value(table).shape[0]))]
+    return _native(f"soft_embed_{end}", node, args, [node])
+
+
 def _gather(program: Program, node: Node) -> Launch | None:
     """Rows of the first axis that is not 1, by one index: index_select, or index of a constant."""
     if node.target is aten.index_select.default:
@@ -266,6 +278,7 @@ TABLE: dict[object, Selector] = {
     ops.ATTEND: _attend,
     ops.ROUTE: _route,
     ops.MOE_FFN: _moe_ffn,
+    ops.VOCAB_SOFT_EMBED: _vocab_soft_embed,
     ops.VOCAB_CHOICE: _vocab_choice,
     ops.VOCAB_CHOICE_ASKED: _vocab_choice,
 }

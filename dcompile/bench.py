@@ -116,6 +116,7 @@ def step_inputs(
         "tick": one * 0,
         "prompt_end": one * start,
         "full": one,
+        "row_weight": torch.full((window,), 0.3),
         **{name: torch.full((1,), value) for name, value in parameters.items()},
     }
     return {name: known[name] for name in runner_inputs}

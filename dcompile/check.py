@@ -77,6 +77,7 @@ class Checker:
             "tick": one * 0,
             "prompt_end": one * (rows - block),
             "full": one,
+            "row_weight": torch.full((rows,), 0.3),
         }
         arguments = []
         for item in program.inputs:

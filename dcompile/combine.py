@@ -43,6 +43,7 @@ class Combination:
     smoothing: bool = False
     aligned: bool | None = None
     cross_block: bool = True
+    shift: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ RULES = (
         "leave --no-cross-block out",
     ),
     Rule(
+        lambda c: c.smoothing and c.shift,
+        "smoothing mixes what a row predicts into the same position; this model's rows predict the next",
+        "leave --smoothing out",
+    ),
+    Rule(
         lambda c: c.policy.name == "likelihood" and (c.smoothing or c.manager != "blockwise"),
         "policy 'likelihood' scores blocks of plain masks",
         "--manager blockwise, without --smoothing",
@@ -130,6 +136,7 @@ def allowed(
     spec: HasBlocks,
     *,
     smoothing: bool = False,
+    shift: bool = False,
 ) -> str | None:
     """Why the three do not go together for a model, in a sentence; None where they do.
 
@@ -139,7 +146,8 @@ def allowed(
         if name not in known:
             raise OptionError(f"there is no {name!r}", remedy=f"one of {', '.join(known)}")
     found = policy if isinstance(policy, Policy) else find_policy(policy)
-    rule = refused(Combination(found, manager, cache, spec.block_length, smoothing))
+    span = spec.block_length
+    rule = refused(Combination(found, manager, cache, span, smoothing, shift=shift))
     return None if rule is None else rule.reason
 
 

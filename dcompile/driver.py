@@ -106,7 +106,7 @@ def _compile(origin: Origin, options: WatchedOptions, out: Path, progress: Progr
     check = _checker(options)
     records = run(program, options, check, progress)
     _check_block(program, options)
-    check_together(_combination(options, program.shape.model_block))
+    check_together(_combination(options, program.shape.model_block, program.shape.shift))
     progress("lower and build kernels")
     code = backend_of(options.target)(program)
     progress("write")
@@ -169,7 +169,7 @@ def settle(options: Chosen, spec: ModelSpec) -> Chosen:
     )
     # What a module's mask is, only the trace shows.
     if spec.layer_kinds:
-        check_together(_combination(settled, spec.block_length))
+        check_together(_combination(settled, spec.block_length, spec.shift))
     return settled
 
 
@@ -247,7 +247,8 @@ def trace_origin(
     )
     policy = find_policy(options.policy, options.score)
     pipelined = options.manager == "pipelined"
-    wanted = Traced(shape, policy, origin.recipes, origin.runs, pipelined)
+    smoothing = options.smoothing is not None
+    wanted = Traced(shape, policy, origin.recipes, origin.runs, pipelined, smoothing)
     if not origin.runs:
         module = origin.build()
         return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
@@ -274,7 +275,7 @@ def _check_block(program: Program, options: Options) -> None:
         )
 
 
-def _combination(options: Options, span: int | None) -> Combination:
+def _combination(options: Options, span: int | None, shift: bool) -> Combination:
     assert options.policy is not None and options.cache is not None
     return Combination(
         find_policy(options.policy, options.score),
@@ -284,6 +285,7 @@ def _combination(options: Options, span: int | None) -> Combination:
         options.smoothing is not None,
         options.aligned,
         options.cross_block,
+        shift,
     )
 
 
@@ -358,6 +360,8 @@ def _parameters(policy: Policy, options: Options, spec: ModelSpec) -> dict[str, 
         parameters["steps"] = float(options.block_length)
     if options.manager == "pipelined":
         parameters |= PIPELINE
+    if options.smoothing is not None:
+        parameters["smoothing"] = options.smoothing
     return parameters
 
 

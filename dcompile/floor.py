@@ -175,6 +175,12 @@ def _vocab_choice(sizes: list[int], step: _Step) -> tuple[float, float]:
     return v * d, 2 * step.live * v * d
 
 
+def _soft_embed(sizes: list[int], step: _Step) -> tuple[float, float]:
+    # How many of the rows are masks is not known here: at least the candidates.
+    _, v, d, e, _ = sizes
+    return v * (d + e), 2 * step.live * v * (d + e)
+
+
 def _attend(sizes: list[int], step: _Step) -> tuple[float, float]:
     rows, heads, groups, d, _ = sizes
     kept = max(0, step.keys * max(step.sequences, 1) - rows)  # the rows' own were written just now
@@ -184,6 +190,7 @@ def _attend(sizes: list[int], step: _Step) -> tuple[float, float]:
 _COUNTERS: Mapping[str, _Counter] = {
     "linear": _linear,
     "moe_ffn": _moe_ffn,
+    "soft_embed": _soft_embed,
     "vocab_choice": _vocab_choice,
     "vocab_choice_asked": _vocab_choice,
     "attend": _attend,

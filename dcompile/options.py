@@ -33,7 +33,7 @@ class Options:
     warmup: int = 4  # vicinity: first iterations over all rows
     refresh_every: int = 8  # periodic: iterations between refreshes
     cross_block: bool = True  # block: the next block's first forward stores the block before it
-    smoothing: float | None = None  # weight of iteration smoothing; not built yet
+    smoothing: float | None = None  # iteration smoothing: the largest weight of the mixture
     mask_id: int | None = None  # where the checkpoint does not say it
     eos_ids: tuple[int, ...] | None = None
     check: bool = False  # run the program before and after each pass, and compare
@@ -68,9 +68,10 @@ class Options:
                 remedy="auto, float32, bfloat16 or float16",
             )
         parse_target(self.target)
-        if self.smoothing is not None:
+        if self.smoothing is not None and not 0 < self.smoothing <= 1:
             raise OptionError(
-                "iteration smoothing is not built yet", remedy="leave --smoothing out"
+                f"smoothing must be above 0 and at most 1, not {self.smoothing}",
+                remedy="--smoothing 0.3, as published",
             )
 
     def record(self) -> dict[str, object]:

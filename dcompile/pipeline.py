@@ -24,6 +24,7 @@ from dcompile.passes.fuse_add_rms_norm import FuseAddRMSNorm
 from dcompile.passes.fuse_moe import FuseMoE
 from dcompile.passes.fuse_norm_rope_write import FuseNormRopeWrite
 from dcompile.passes.fuse_silu_mul import FuseSiluMul
+from dcompile.passes.fuse_soft_embed import FuseSoftEmbed
 from dcompile.passes.fuse_vocab_choice import FuseVocabChoice
 from dcompile.passes.merge_projections import MergeProjections
 from dcompile.passes.narrow_window import NarrowWindow
@@ -50,6 +51,8 @@ def passes(options: Options) -> tuple[Pass, ...]:
         FuseNormRopeWrite(),
         Canonicalize(),
         FuseAddRMSNorm(),
+        # Before the narrowing, which takes the logits away from the rows that choose nothing.
+        *([FuseSoftEmbed()] if options.smoothing is not None else []),
         # After the fusions: what is narrowed are whole kernels.
         NarrowWindow(),
         Canonicalize(),

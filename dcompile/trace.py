@@ -18,11 +18,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dcompile.choosing import Blocks, write_tokens
 from dcompile.errors import DataDependentShape, DcompileError, UnsupportedModel
+from dcompile.ir import ops
 from dcompile.ir.meta import KEY, Facts
 from dcompile.ir.program import Input, Output, Program, StepShape
 from dcompile.ir.weights import Recipe
 from dcompile.policies import Policy
 from dcompile.repeat import Run, repeat_layers
+from dcompile.smoothing import STATE, embeddings, softened
 
 # Example sizes: different from each other and from common model sizes, so that no two get confused.
 EXAMPLE_ROWS, EXAMPLE_BATCH = 43, 3
@@ -31,11 +33,15 @@ EXAMPLE_ROWS, EXAMPLE_BATCH = 43, 3
 class Step(nn.Module):
     """One iteration, around a model `ids [1, T] -> logits [1, T, V]`; docs/design.md names the inputs."""
 
-    def __init__(self, model: nn.Module, mask_id: int, policy: Policy) -> None:
+    def __init__(
+        self, model: nn.Module, mask_id: int, policy: Policy, table: nn.Embedding | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.mask_id = mask_id
         self.policy = policy
+        # Not as a submodule: it is one of the model's already.
+        self.smoothed = () if table is None else (table,)
 
     def forward(
         self,
@@ -52,10 +58,13 @@ class Step(nn.Module):
         tick: Tensor,
         parameters: dict[str, Tensor],
         extras: dict[str, Tensor],
+        rows: dict[str, Tensor],
         state: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
-        ids = canvas[row_seq, row_pos]
-        logits = logits_of(self.model(ids[None]))[0]
+        ids = canvas[row_seq, row_pos][None]
+        soft = [state[STATE]] if self.smoothed else []
+        state = {name: state[name] for name in self.policy.state}
+        logits = self._forward(ids, [held[row_seq, row_pos] for held in soft])[0]
         place = (block_seq[:, None], block_pos)
         clocks = (iteration, entered, temperature, seed, tick)
         written = write_tokens(
@@ -68,7 +77,18 @@ class Step(nn.Module):
         )
         kept = [held.index_put((block_seq,), written.state[name]) for name, held in state.items()]
         updated = canvas.index_put(place, written.updated)
+        for table, held in zip(self.smoothed, soft, strict=True):
+            still = updated[row_seq, row_pos] == self.mask_id
+            mixed = ops.soft_embed(logits, table.weight, still, rows["row_weight"])
+            kept.append(ops.write_rows(held, mixed[:, None], row_seq, row_pos))
         return updated, written.done, written.commit, written.token, written.confidence, *kept
+
+    def _forward(self, ids: Tensor, soft: Sequence[Tensor]) -> Tensor:
+        with contextlib.ExitStack() as stack:
+            for table, held in zip(self.smoothed, soft, strict=True):
+                rows = held.reshape(-1, table.embedding_dim)
+                stack.enter_context(softened(table, ids, self.mask_id, rows))
+            return logits_of(self.model(ids))
 
 
 def logits_of(out: object) -> Tensor:
@@ -113,10 +133,27 @@ class Traced:
     recipes: Mapping[str, Recipe]  # by parameter name of the *full* model
     runs: Sequence[Run] = ()  # which traced layer stands for which layers of the model
     pipelined: bool = False  # blocks may be there that need not make progress
+    smoothing: bool = False  # masks are embedded together with what was predicted there
 
     def extras(self) -> tuple[str, ...]:
         """Inputs that only some steps have, i64 [B]."""
         return ("prompt_end",) * self.policy.edits + ("full",) * self.pipelined
+
+    def rows(self) -> tuple[str, ...]:
+        """The same of f32 [R]."""
+        return ("row_weight",) * self.smoothing
+
+    def states(self, table: nn.Embedding | None) -> dict[str, Tensor]:
+        """Zeros for what a sequence carries beside its canvas."""
+        slots, n = self.shape.slots, self.shape.block_length
+        out = {
+            name: torch.zeros(slots, *state.shape(n), dtype=state.dtype)
+            for name, state in self.policy.state.items()
+        }
+        if table is not None:
+            size = (slots, self.shape.positions, 1, table.embedding_dim)
+            out[STATE] = torch.zeros(size, dtype=table.weight.dtype)
+        return out
 
 
 def trace(model: nn.Module, wanted: Traced) -> Program:
@@ -125,9 +162,11 @@ def trace(model: nn.Module, wanted: Traced) -> Program:
     The model, in eval mode, sees one sequence of symbolic length R.  Raises UnsupportedModel (or a class of it)
     where export fails, with export's own reason in one line.
     """
-    step = Step(model, wanted.shape.mask_id, wanted.policy)
-    arguments = _example(wanted)
-    dynamic = _dynamic(wanted)
+    table = embeddings(model, wanted.shape.mask_id) if wanted.smoothing else None
+    step = Step(model, wanted.shape.mask_id, wanted.policy, table)
+    states = wanted.states(table)
+    arguments = _example(wanted, states)
+    dynamic = _dynamic(wanted, states)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # torch's own pickling of tree specs warns about torch's own classes.
@@ -138,13 +177,13 @@ def trace(model: nn.Module, wanted: Traced) -> Program:
         raise
     except Exception as failure:
         raise _explain(failure) from failure
-    program = _program(exported, wanted)
+    program = _program(exported, wanted, list(states))
     if wanted.runs:
         repeat_layers(program, wanted.runs)
     return program
 
 
-def _example(wanted: Traced) -> tuple[object, ...]:
+def _example(wanted: Traced, states: dict[str, Tensor]) -> tuple[object, ...]:
     shape, rows, batch = wanted.shape, EXAMPLE_ROWS, EXAMPLE_BATCH
 
     def whole(*size: int) -> Tensor:
@@ -164,19 +203,18 @@ def _example(wanted: Traced) -> tuple[object, ...]:
         whole(batch),
         {name: torch.zeros(batch) for name in wanted.policy.parameters},
         {name: whole(batch) for name in wanted.extras()},
-        {
-            name: torch.zeros(shape.slots, *state.shape(shape.block_length), dtype=state.dtype)
-            for name, state in wanted.policy.state.items()
-        },
+        {name: torch.zeros(rows) for name in wanted.rows()},
+        states,
     )
 
 
-def _dynamic(wanted: Traced) -> tuple[object, ...]:
+def _dynamic(wanted: Traced, states: Mapping[str, Tensor]) -> tuple[object, ...]:
     rows, batch = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
     parameters = {name: batch for name in wanted.policy.parameters}
     extras = {name: batch for name in wanted.extras()}
-    state = {name: None for name in wanted.policy.state}
-    return (None, rows, rows, *([batch] * 8), parameters, extras, state)
+    by_row = {name: rows for name in wanted.rows()}
+    state = {name: None for name in states}
+    return (None, rows, rows, *([batch] * 8), parameters, extras, by_row, state)
 
 
 def _explain(failure: Exception) -> DcompileError:
@@ -204,7 +242,7 @@ def _explain(failure: Exception) -> DcompileError:
 PARAMETER = "model."
 
 
-def _program(exported: ExportedProgram, wanted: Traced) -> Program:
+def _program(exported: ExportedProgram, wanted: Traced, states: Sequence[str]) -> Program:
     """Our record of the exported graph: inputs by kind, outputs by name, facts on every node."""
     signature = exported.graph_signature
     module = torch.fx.GraphModule({}, exported.graph)
@@ -228,7 +266,7 @@ def _program(exported: ExportedProgram, wanted: Traced) -> Program:
             inputs.append(Input(node.name, "constant"))
         elif spec.kind is InputKind.USER_INPUT:
             held = node.name == "canvas" or node.name.startswith("state_")
-            _rename(node, re.sub("^(parameters|extras|state)_", "", node.name))
+            _rename(node, re.sub("^(parameters|extras|rows|state)_", "", node.name))
             inputs.append(Input(node.name, "state" if held else "step"))
         else:
             raise UnsupportedModel(f"the model has an input of kind {spec.kind.name.lower()}")
@@ -241,7 +279,7 @@ def _program(exported: ExportedProgram, wanted: Traced) -> Program:
     for node in module.graph.nodes:
         node.meta = {"val": node.meta.get("val"), KEY: _facts(node)}
     symbols = _symbols(module)
-    outputs = [*OUTPUTS, *(Output(name, state=name) for name in wanted.policy.state)]
+    outputs = [*OUTPUTS, *(Output(name, state=name) for name in states)]
     return Program(module, inputs, outputs, wanted.shape, recipes, constants, symbols)
 
 

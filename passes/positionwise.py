@@ -86,7 +86,7 @@ def prove(program: Program, attentions: set[Node]) -> None:
             continue
         if not any(sequence_axes(program, a) for a in _tensors(node)) or _is_choice(node):
             continue
-        if node.target is operator.getitem:
+        if node.target is operator.getitem or node.target in ROW_BY_ROW:
             continue
         reason = _mixes(program, node, fixed)
         if reason:
@@ -124,6 +124,10 @@ def _is_choice(node: Node) -> bool:
     assert isinstance(table, Node) and isinstance(indices, (list, tuple))
     names = [i.name for i in indices if isinstance(i, Node) and i.op == "placeholder"]
     return names in (["row_seq", "row_pos"], ["choice_row"], ["row_pos"])
+
+
+# They say themselves what each row is: the mixture of its own logits, and where it is kept.
+ROW_BY_ROW = {ops.SOFT_EMBED, ops.WRITE_ROWS}
 
 
 def _mixes(program: Program, node: Node, fixed: set[Node]) -> str:

@@ -29,6 +29,7 @@ from dcompile.runtime.caches import (
 from dcompile.runtime.pipelined import Block, Pipeline
 from dcompile.runtime.plan import Plan, Size
 from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
+from dcompile.runtime.smoothing import soft_threshold, soft_weight
 from dcompile.runtime.state import Binding
 from dcompile.runtime.tokens import Tokenizer
 from dcompile.runtime.turns import Bools, Turns, repeat
@@ -39,6 +40,7 @@ OnBlock = Callable[[int, list[int]], None]
 OnResult = Callable[[int, "Result"], None]
 """Takes the index of a prompt and its result, at once when it is there."""
 _ROWS = ("row_seq", "row_pos", "row_limit")
+_ROW_WEIGHTS = ("row_weight",)
 _BLOCKS = ("block_seq", "block_pos", "choice_row")
 _CLOCKS = ("iteration", "entered", "temperature", "seed", "tick", "prompt_end", "full")
 
@@ -120,13 +122,14 @@ class Runner:
         self._stores = stores_blocks(options)
         # Then the host has something to decide before each iteration.
         self._reads_tokens = reads_tokens(self.cache) or self.limits.pipelined
+        self._smooth = "row_weight" in artifact.plan.inputs
         self.tokenizer = Tokenizer(artifact)
         self.watch: Watch | None = None
         self._lock = Lock()
         self._positions = np.arange(self.limits.max_length + 1, dtype=np.int64)
         self._canvas: Ints = _canvas(executor, self.limits, where)
         self._scrubbed = _policy_state(artifact, executor)
-        known = {*_ROWS, *_BLOCKS, *_CLOCKS, *self.limits.parameters}
+        known = {*_ROWS, *_ROW_WEIGHTS, *_BLOCKS, *_CLOCKS, *self.limits.parameters}
         if unknown := sorted(set(artifact.plan.inputs) - known):
             what = f"the plan has an input that nothing provides: {unknown[0]!r}"
             raise ArtifactError(what, where=where, remedy="compile the model again")
@@ -305,7 +308,8 @@ class Runner:
 
     def _turns(self, call: _Call, active: Sequence[_Sequence], rows: Sequence[Rows]) -> int:
         """How many iterations may run over the same rows before the cache policy wants others."""
-        if self._reads_tokens or any(each.storing for each in active):
+        # Nor does smoothing take more turns than are needed: each changes what masks are embedded as.
+        if self._reads_tokens or self._smooth or any(each.storing for each in active):
             return 1
         most = min(self._bound(call, each.block) - each.block.iteration for each in active)
         turns = 1
@@ -331,13 +335,16 @@ class Runner:
         binding = self.executor.bind(sum(map(len, places)), blocks)
         at = place = 0
         for sequence, positions in zip(active, places, strict=True):
-            self._fill_rows(binding, at, sequence, positions)
+            self._fill_rows(call, binding, at, sequence, positions)
             for block in sequence.deciding:
                 self._fill_block(binding, place, at, sequence, block, positions)
+                if self._smooth and "threshold" in binding.arrays:
+                    lowest = call.parameters["threshold"]
+                    binding.arrays["threshold"][place] = soft_threshold(sequence.tick, lowest)
                 place += 1
             at += len(positions)
         for name, value in call.parameters.items():
-            if name in binding.arrays:
+            if name in binding.arrays and not (self._smooth and name == "threshold"):
                 binding.arrays[name].fill(value)
         if "temperature" in binding.arrays:
             binding.arrays["temperature"].fill(call.temperature)
@@ -357,13 +364,17 @@ class Runner:
 
         return repeat(step, binding.arrays, turns)
 
-    def _fill_rows(self, binding: Binding, at: int, sequence: _Sequence, positions: Ints) -> None:
+    def _fill_rows(
+        self, call: _Call, binding: Binding, at: int, sequence: _Sequence, positions: Ints
+    ) -> None:
         """Write the rows of one sequence, from row `at` on, into the inputs that the plan reads."""
-        values = {
+        values: dict[str, Any] = {
             "row_seq": sequence.slot,
             "row_pos": positions,
             "row_limit": sequence.limits[positions],
         }
+        if self._smooth:
+            values["row_weight"] = soft_weight(sequence.tick, call.parameters["smoothing"])
         for name, value in values.items():
             if name in binding.arrays:
                 binding.arrays[name][at : at + len(positions)] = value
@@ -504,6 +515,7 @@ def _check_shapes(plan: Plan, where: str) -> None:
     wanted |= dict.fromkeys({"block_seq", *_CLOCKS} - {"temperature"}, (one, "i64"))
     wanted |= dict.fromkeys(("block_pos", "choice_row"), (block, "i64"))
     wanted |= dict.fromkeys(_ROWS, ((Size(1, 0, 0),), "i64"))
+    wanted |= dict.fromkeys(_ROW_WEIGHTS, ((Size(1, 0, 0),), "f32"))
     for name, index in (*plan.inputs.items(), ("done", plan.outputs["done"])):
         shape, dtype = wanted.get(name, (one, "bool"))
         if (plan.buffers[index].shape, plan.buffers[index].dtype) != (shape, dtype):

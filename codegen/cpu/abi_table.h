@@ -22,6 +22,8 @@
     "moe_ffn_" #T "  >y:" #T "[R,D] x:" #T "[R,D] weights:f32[R,k] experts:i32[R,k] "           \
     "gate_up:" #T "[E,{2*F,D}] down:" #T "[E,{D,F}] gate_up_bias?:" #T "[E,2*F] "               \
     "down_bias?:" #T "[E,D] R D F E k activation; E>=1 k>=1 D>=1 F>=1 activation<=3\n"          \
+    "soft_embed_" #T "  >y:" #T "[R,E] x:" #T "[R,D] w:" #T "[{V,D}] bias?:" #T "[V] "          \
+    "table:" #T "[Z,E] live:u8[R] weight:f32[R] R V D E Z; V>=1 D>=1 E>=1 Z>=V\n"               \
     "vocab_choice_" #T "  >token:i64[C]=V >confidence:f32[C] >margin:f32[C] >entropy:f32[C] "   \
     "x:" #T "[C,D] w:" #T "[{V,D}] bias?:" #T "[V] live:u8[C] temperature:f32[B] seed:i64[B] "  \
     "tick:i64[B] pos:i64[C] C B V D mask_id; B>=1 V>=1 D>=1 C%B\n"                             \

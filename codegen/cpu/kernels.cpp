@@ -9,6 +9,7 @@
 #include "norm.h"
 #include "pointwise.h"
 #include "route.h"
+#include "soft_embed.h"
 #include "vocab_choice.h"
 
 typedef float f32;
@@ -82,6 +83,14 @@ DC_EXPORT void route(const Arg *a) {
                 MoeShape{a[9].i, a[10].i, a[11].i, a[12].i, a[13].i});                          \
     }
 FOR_EACH_TYPE(MOE_FFN)
+
+#define SOFT_EMBED(T)                                                                           \
+    DC_EXPORT void soft_embed_##T(const Arg *a) {                                               \
+        soft_embed(ptr<T>(a[0]), ptr<T>(a[1]), ptr<T>(a[2]), ptr<T>(a[3]), ptr<T>(a[4]),        \
+                   ptr<uint8_t>(a[5]), ptr<float>(a[6]),                                        \
+                   SoftShape{a[7].i, a[8].i, a[9].i, a[10].i});                                 \
+    }
+FOR_EACH_TYPE(SOFT_EMBED)
 
 #define VOCAB_CHOICE(T)                                                                         \
     DC_EXPORT void vocab_choice_##T(const Arg *a) {                                             \

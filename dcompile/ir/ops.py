@@ -205,6 +205,45 @@ def _(x, weight, bias, live, temperature, seed, tick, pos, asked, mask_id):  # t
     return _asked_like(live, asked)
 
 
+@custom_op("dcompile::soft_embed", mutates_args=())
+def soft_embed(logits: Tensor, table: Tensor, live: Tensor, weight: Tensor) -> Tensor:
+    """weight[r] * softmax(logits[r]) @ table for live rows, 0 elsewhere.
+
+    logits [R, V], table [V, E], live bool [R], weight f32 [R] -> [R, E] of the table's dtype; the
+    product in float32, rounded once.
+    """
+    z = logits.float()
+    p = torch.softmax(torch.where(z.isnan(), NEG_INF, z), -1)
+    p = torch.where(p.isnan(), 0.0, p)
+    # A table may have more rows than the model has logits.
+    mixed = weight[:, None] * (p @ table[: p.shape[1]].float())
+    return torch.where(live[:, None], mixed, 0.0).to(table.dtype)
+
+
+@soft_embed.register_fake
+def _(logits, table, live, weight):  # type: ignore[no-untyped-def]
+    return table.new_empty((weight.shape[0], table.shape[1]))
+
+
+@custom_op("dcompile::vocab_soft_embed", mutates_args=())
+def vocab_soft_embed(
+    x: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    live: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """`soft_embed` of the vocabulary projection: x [R, D], head [V, D]; logits are never stored."""
+    logits = torch.nn.functional.linear(x, head, bias)
+    return soft_embed(logits, table, live, weight)  # type: ignore[no-any-return]
+
+
+@vocab_soft_embed.register_fake
+def _(x, head, bias, table, live, weight):  # type: ignore[no-untyped-def]
+    return table.new_empty((weight.shape[0], table.shape[1]))
+
+
 @custom_op("dcompile::write_rows", mutates_args=())
 def write_rows(cache: Tensor, rows: Tensor, row_seq: Tensor, row_pos: Tensor) -> Tensor:
     """cache [N, L, G, K] with rows [R, G, K] at [row_seq, row_pos]."""
@@ -411,6 +450,8 @@ CHOOSE = torch.ops.dcompile.choose.default
 VOCAB_CHOICE = torch.ops.dcompile.vocab_choice.default
 CHOOSE_ASKED = torch.ops.dcompile.choose_asked.default
 VOCAB_CHOICE_ASKED = torch.ops.dcompile.vocab_choice_asked.default
+SOFT_EMBED = torch.ops.dcompile.soft_embed.default
+VOCAB_SOFT_EMBED = torch.ops.dcompile.vocab_soft_embed.default
 WRITE_ROWS = torch.ops.dcompile.write_rows.default
 ATTEND = torch.ops.dcompile.attend.default
 ADD_RMS_NORM = torch.ops.dcompile.add_rms_norm.default

@@ -186,6 +186,13 @@ def _vocab_choice(call: Call) -> Work:
     return Work(sum(_moved(call)) - skipped, 2 * live * v * d, sum(_moved(call, "weight")))
 
 
+def _soft_embed(call: Call) -> Work:
+    # How many rows are still masks is not looked at: those that choose tokens, at least.
+    rows, v, d, e = call.sizes[:4]
+    live = min(rows, sum(call.facts.live.values()))
+    return Work(sum(_moved(call)), 2 * live * v * (d + e), sum(_moved(call, "weight")))
+
+
 def _attend(call: Call) -> Work:
     rows, heads, groups, d = call.sizes[:4]
     seen, read = call.facts.keys(rows)
@@ -251,6 +258,7 @@ def _moved(call: Call, only: str = "") -> Iterator[int]:
 _FORMULAS: Mapping[str, Callable[[Call], Work]] = {
     "linear": _linear,
     "moe_ffn": _moe_ffn,
+    "soft_embed": _soft_embed,
     "vocab_choice": _vocab_choice,
     "vocab_choice_asked": _vocab_choice,
     "attend": _attend,

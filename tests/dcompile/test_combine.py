@@ -67,6 +67,7 @@ def test_every_rule_is_needed() -> None:
             (False, True),
             (None, False, True),
             (True, False),
+            (False, True),
         )
     ]
     alone = set()
@@ -81,7 +82,7 @@ def test_every_rule_is_needed() -> None:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: write_checkpoint(root / name, name) for name in ("llada_moe", "sdar")}
+    return {name: write_checkpoint(root / name, name) for name in ("llada_moe", "sdar", "dream")}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llada_moe", {"manager": "canvas"}),
         ("llada_moe", {"manager": "canvas", "block_length": 16, "aligned": True}),
         ("llada_moe", {"manager": "rows"}),
+        ("llada_moe", {"smoothing": 1.5}),
+        ("dream", {"smoothing": 0.3}),
         ("sdar", {"manager": "canvas", "block_length": 32}),
         ("sdar", {"aligned": False}),
     ],

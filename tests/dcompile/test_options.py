@@ -41,7 +41,7 @@ def block_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"cache": "block"},
         {"skip": ("fuse_everything",)},
         {"stop_after": "nothing"},
-        {"smoothing": 0.3},
+        {"smoothing": 0.0},
     ],
 )
 def test_refused(bidirectional: Path, tmp_path: Path, options: dict[str, object]) -> None:

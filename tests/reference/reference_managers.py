@@ -15,6 +15,9 @@ from reference_policies import Knobs, Memory, Seen, choose, iterate
 
 Logits = npt.NDArray[np.float32]
 Model = Callable[[list[int]], Logits]
+Held = dict[int, npt.NDArray[np.float32]]
+SoftModel = Callable[[list[int], Held], Logits]
+"""The same with something added to the embeddings of some positions."""
 
 
 @dataclass(frozen=True)
@@ -150,3 +153,42 @@ def pipelined(
         if complete >= P + gen_length:
             break
     return Made(x[P : P + gen_length], forwards, x)
+
+
+def smoothed(
+    model: SoftModel,
+    table: npt.NDArray[np.float32],
+    prompt: Sequence[int],
+    gen_length: int,
+    facts: Facts,
+    policy: str,
+    knobs: Knobs,
+) -> Made:
+    """Blockwise, with each mask's embedding moved towards what was predicted there.
+
+    A block-causal model computes no position after the block.
+    """
+    x, b = begin(prompt, gen_length, facts)
+    P, n, t, held = len(prompt), facts.block, 0, Held()
+    while b < P + gen_length:
+        e, iteration, memory = b + n, 0, Memory()
+        entered, done = x[b:e].count(facts.mask_id), False
+        while not done:
+            logits = model(x[:e] if facts.aligned else x, held)
+            tau = dict(knobs)
+            if "threshold" in tau:
+                tau["threshold"] = max(1 - 0.02 * t, knobs["threshold"])
+            seen = see(logits, x, b, e, P, facts, iteration, entered)
+            x[b:e], done = iterate(policy, seen, tau, memory)
+            weight = min(0.15 + 0.02 * t, knobs["smoothing"])
+            z = np.asarray(logits, np.float64)
+            p = np.exp(z - z.max(-1, keepdims=True))
+            mixed = weight * (p / p.sum(-1, keepdims=True)) @ table[: z.shape[1]].astype(np.float64)
+            held = {i: v.astype(np.float32) for i, v in enumerate(mixed) if x[i] == facts.mask_id}
+            iteration, t = iteration + 1, t + 1
+        at = stopped(x, P, min(e, P + gen_length), facts)
+        if facts.early_stop and at is not None:
+            x[at:] = [x[at]] * (len(x) - at)
+            break
+        b = e
+    return Made(x[P : P + gen_length], t, x)

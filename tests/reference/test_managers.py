@@ -11,7 +11,7 @@ import reference_managers as reference
 import torch
 from checkpoints import write_checkpoint
 from quick import compile_quickly
-from reference_managers import Facts, Logits, Made, Model
+from reference_managers import Facts, Held, Logits, Made, Model, SoftModel
 
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
@@ -21,14 +21,14 @@ LENGTH = 16
 ENDS = tuple(range(0, 128, 24))
 # Of an empty prompt, all positions would be equally sure but for rounding.
 PROMPTS = [[8], [1, 2, 3, 4, 5], [7] * 11, [3, 1, 4, 1, 5, 9, 2, 6]]
-Compiled = Callable[..., tuple[Runner, Model, Facts]]
+Compiled = Callable[..., tuple[Runner, Any, Facts]]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     made: dict[Any, Any] = {}
 
-    def build(family: str, **options: Any) -> tuple[Runner, Model, Facts]:
+    def build(family: str, **options: Any) -> tuple[Runner, Any, Facts]:
         key = (family, *sorted(options.items()))
         if key not in made:
             root = tmp_path_factory.mktemp(family)
@@ -46,7 +46,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
                 aligned=facts.get("aligned", spec.block_length is not None),
                 shift=spec.shift,
             )
-            made[key] = Runner.load(artifact), model_of(checkpoint.reference()), known
+            module = checkpoint.reference()
+            soft = "smoothing" in options
+            model = soft_model_of(module) if soft else model_of(module)
+            made[key] = Runner.load(artifact), model, known
         return made[key]
 
     return build
@@ -58,6 +61,25 @@ def model_of(module: torch.nn.Module) -> Model:
             return np.asarray(module(torch.tensor([ids]))[0].float())
 
     return logits
+
+
+def soft_model_of(module: torch.nn.Module) -> tuple[SoftModel, Any]:
+    """The same with something added to embeddings, and the table of those."""
+    table = module.get_parameter("embed_tokens.weight").detach()
+
+    def logits(ids: list[int], held: Held) -> Logits:
+        def add(_: object, __: object, out: torch.Tensor) -> torch.Tensor:
+            for position, vector in held.items():
+                out[0, position] += torch.from_numpy(vector)
+            return out
+
+        handle = module.get_submodule("embed_tokens").register_forward_hook(add)
+        try:
+            return model_of(module)(ids)
+        finally:
+            handle.remove()
+
+    return logits, table.float().numpy()
 
 
 def same(results: list[Result], wanted: list[Made]) -> None:
@@ -158,3 +180,24 @@ def test_a_pipeline_of_one_block_is_blockwise(compiled: Compiled) -> None:
     asked = {"gen_length": 32, "threshold": 0.05}
     for a, b in zip(one.generate(PROMPTS, **asked), plain.generate(PROMPTS, **asked), strict=True):
         assert (a.all_tokens, a.forwards) == (b.all_tokens, b.forwards)
+
+
+@pytest.mark.parametrize(
+    ("family", "cache", "policy"),
+    [("llada_moe", "none", "hierarchical"), ("sdar", "block", "threshold")],
+)
+def test_smoothing(compiled: Compiled, family: str, cache: str, policy: str) -> None:
+    runner, (model, table), facts = compiled(family, policy=policy, cache=cache, smoothing=0.3)
+    knobs = dict(POLICIES)[policy]
+    results = runner.generate(PROMPTS, gen_length=LENGTH, **knobs)
+    whole = {**runner.limits.parameters, **knobs}
+    wanted = [reference.smoothed(model, table, p, LENGTH, facts, policy, whole) for p in PROMPTS]
+    same(results, wanted)
+    # A request begins without the mixtures of the one before it.
+    again = runner.generate(PROMPTS[::-1], gen_length=LENGTH, **knobs)
+    same(again, wanted[::-1])
+    plain = [
+        reference.blockwise(lambda ids: model(ids, {}), p, LENGTH, facts, policy, whole)
+        for p in PROMPTS
+    ]
+    assert [made.tokens for made in plain] != [made.tokens for made in wanted]
