@@ -120,8 +120,6 @@ class Runner:
         options = artifact.manifest["options"]
         self.cache: CachePolicy = cache_policy(options, self.limits.span)
         self._stores = stores_blocks(options)
-        # Then the host has something to decide before each iteration.
-        self._reads_tokens = reads_tokens(self.cache) or self.limits.pipelined
         self._smooth = "row_weight" in artifact.plan.inputs
         self.tokenizer = Tokenizer(artifact)
         self.watch: Watch | None = None
@@ -196,6 +194,11 @@ class Runner:
     def decode(self, tokens: Sequence[int]) -> str | None:
         """Tokens as text; None where the artifact has no tokenizer."""
         return self.tokenizer.decode(tokens) if self.tokenizer.present else None
+
+    @property
+    def _reads_tokens(self) -> bool:
+        """Whether the host looks at the tokens before every iteration; `cache` may be set anew."""
+        return reads_tokens(self.cache) or self.limits.pipelined
 
     def _serve(self, call: _Call) -> list[Result]:
         results: dict[int, Result] = {}

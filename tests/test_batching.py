@@ -62,6 +62,7 @@ CASES = [
     Case("threshold", "block", "llada2", asked=SOME),
     Case("threshold", "block", "llada2", asked=SOME, options={"cross_block": False}),
     Case("credit", "block", "llada2", asked=SOME),
+    Case("d2f", "block", "llada2", asked=SOME, options={"manager": "pipelined"}),
 ]
 
 
@@ -94,6 +95,7 @@ class Made:
         return runner.generate(prompts, gen_length=LENGTH, early_stop=early_stop, **asked)
 
 
+_COMPILED = ("score", "cross_block", "manager")  # options that are more than a choice of rows
 Build = Callable[[Case], Path]
 
 
@@ -103,7 +105,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     artifacts: dict[tuple[object, ...], Path] = {}
 
     def artifact(case: Case) -> Path:
-        key = (case.family, case.policy, case.options.get("score"), case.options.get("cross_block"))
+        key = (case.family, case.policy, *map(case.options.get, _COMPILED))
         if key not in artifacts:
             root = tmp_path_factory.mktemp("batching")
             folder = write_checkpoint(root / "checkpoint", case.family)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dcompile import backends, driver
+from dcompile import driver
 from dcompile.codegen.cpu import build
 from dcompile.options import Options
 
@@ -16,10 +16,9 @@ from dcompile.options import Options
 @contextmanager
 def one_instruction_set() -> Iterator[None]:
     """Within it, compilations build for one instruction set: the best that this machine runs."""
-    best = build.runnable(_flags())[:1]
+    best = build.runnable(_flags())[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "isas", lambda: best)
-        patch.setattr(build, "_all_isas", lambda: best)
+        patch.setattr(build, "ISA_FLAGS", {best: build.ISA_FLAGS[best]})
         yield
 
 
