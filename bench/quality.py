@@ -24,10 +24,12 @@ from pathlib import Path
 import torch
 from quality_table import Row, picture, table
 
-from dcompile.combine import allowed
+from dcompile.combine import Combination, refused
 from dcompile.driver import compile_checkpoint
+from dcompile.frontends.base import ModelSpec
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
+from dcompile.policies import find_policy
 from dcompile.runtime.caches import cache_policy
 from dcompile.runtime.loop import Result, Runner
 from dcompile.runtime.state import Binding
@@ -50,10 +52,25 @@ class Setting:
     policy: str
     parameters: Mapping[str, float] = field(default_factory=dict)
     manager: str = "blockwise"
+    smoothing: float | None = None
 
     @property
     def label(self) -> str:
-        return " ".join([self.policy, *(f"{value:g}" for value in self.parameters.values())])
+        parts = [self.policy, *(f"{value:g}" for value in self.parameters.values())]
+        return " ".join([*parts, *(["smoothed"] if self.smoothing else [])])
+
+    @property
+    def caches(self) -> Mapping[str, Mapping[str, object]]:
+        """Of the canvas, which has one block and takes many forwards, only some."""
+        if self.manager == "blockwise":
+            return CACHES
+        return {name: CACHES[name] for name in ("none", "active", "vicinity 8/8", "block")}
+
+    def with_cache(self, cache: str, spec: ModelSpec) -> Combination:
+        policy, smoothing = find_policy(self.policy), self.smoothing is not None
+        return Combination(
+            policy, self.manager, cache, spec.block_length, smoothing, shift=spec.shift
+        )
 
 
 def settings(block: int, gen_length: int) -> tuple[Setting, ...]:
@@ -65,6 +82,7 @@ def settings(block: int, gen_length: int) -> tuple[Setting, ...]:
         Setting("hierarchical", {"threshold": 0.92, "threshold_low": 0.62}),
         Setting("hierarchical", {"threshold": 0.8, "threshold_low": 0.5}),
         *(Setting("credit", {"threshold": t}) for t in (0.9, 0.8, 0.7)),
+        *(Setting("threshold", {"threshold": t}, smoothing=0.3) for t in (0.9, 0.8, 0.7)),
         *(Setting("dynamic", {"threshold": t, "steps": block}) for t in (0.95, 0.85)),
         Setting("edit", {"threshold": 0.7, "threshold_edit": 0.5}),
         Setting("edit", {"threshold": 0.9, "threshold_edit": 0.9}),
@@ -107,21 +125,21 @@ def measure(given: argparse.Namespace, done: Sequence[Row]) -> Iterator[Row]:
     """Rows that are not done yet, until the minutes are over."""
     questions, began = read_questions(given.prompts, given.count), time.monotonic()
     spec = open_checkpoint(given.model).spec
-    runners: dict[tuple[str, str], Runner] = {}
+    runners: dict[object, Runner] = {}
     known = {row.setting for row in done}
     reference = list(done[0].texts) if done else []
     with tempfile.TemporaryDirectory() as name:
         for setting in settings(given.block, given.gen_length):
             if given.only and setting.policy not in given.only.split(","):
                 continue
-            for cache, options in CACHES.items():
+            for cache, options in setting.caches.items():
                 if (setting.label, setting.manager, cache) in known:
                     continue
-                if allowed(setting.policy, setting.manager, str(options["cache"]), spec):
+                if refused(setting.with_cache(str(options["cache"]), spec)):
                     continue
                 if time.monotonic() - began > 60 * given.minutes:
                     return
-                compiled = (setting.policy, setting.manager)
+                compiled = (setting.policy, setting.manager, setting.smoothing)
                 if compiled not in runners:
                     runners[compiled] = _compile(given, setting, Path(name))
                 runner = runners[compiled]
@@ -149,8 +167,9 @@ def _compile(given: argparse.Namespace, setting: Setting, folder: Path) -> Runne
         policy=setting.policy,
         manager=setting.manager,
         cache="none",
+        smoothing=setting.smoothing,
     )
-    out = folder / f"{setting.policy}_{setting.manager}.dcx"
+    out = folder / f"{setting.policy}_{setting.manager}_{setting.smoothing}.dcx"
     return Runner.load(compile_checkpoint(given.model, options, out))
 
 

@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from dcompile.combine import CACHES, MANAGERS, RULES, Combination, refused
@@ -32,6 +33,8 @@ class Cell:
     cache: str
     span: int | None
     """Block length of a block-causal mask; None where attention goes in both directions."""
+    smoothing: bool = False
+    """Iteration smoothing, which goes with the policy and the manager."""
 
     @property
     def exact(self) -> bool:
@@ -45,16 +48,17 @@ class Cell:
     @property
     def name(self) -> str:
         kind = "bidirectional" if self.span is None else "block_causal"
-        return f"{kind}-{self.policy}-{self.manager}-{self.cache}"
+        driven = f"{self.manager}_smoothed" if self.smoothing else self.manager
+        return f"{kind}-{self.policy}-{driven}-{self.cache}"
 
 
 def cells(span: int | None) -> Iterator[Cell]:
-    """All cells of a kind of model, by policy, manager, cache."""
-    for policy in policy_names():
-        for manager in MANAGERS:
-            for cache in CACHES:
-                if refused(Combination(find_policy(policy), manager, cache, span)) is None:
-                    yield Cell(policy, manager, cache, span)
+    """All cells of a kind of model, by policy, manager, smoothing, cache."""
+    for policy, manager, smoothing, cache in product(
+        policy_names(), MANAGERS, (False, True), CACHES
+    ):
+        if refused(Combination(find_policy(policy), manager, cache, span, smoothing)) is None:
+            yield Cell(policy, manager, cache, span, smoothing)
 
 
 def tables() -> str:
@@ -104,13 +108,19 @@ def _matrix(found: Sequence[Cell]) -> str:
     for policy in dict.fromkeys(cell.policy for cell in found):
         of_policy = [cell for cell in found if cell.policy == policy]
         entries = tuple(
-            ", ".join(cell.manager for cell in of_policy if cell.cache == cache) or "-"
-            for cache in caches
+            _driven([cell for cell in of_policy if cell.cache == cache]) for cache in caches
         )
         grouped.setdefault(entries, []).append(f"`{policy}`")
     heads = [f"`{cache}`: {'exact' if cache in _EXACT else 'approximate'}" for cache in caches]
     rows = [(", ".join(policies), *entries) for entries, policies in grouped.items()]
     return _table(("policies", *heads), rows)
+
+
+def _driven(found: Sequence[Cell]) -> str:
+    """The managers of some cells; `+ s` where smoothing may go with them."""
+    smoothed = {cell.manager for cell in found if cell.smoothing}
+    plain = [cell.manager for cell in found if not cell.smoothing]
+    return ", ".join(f"{name} + s" if name in smoothed else name for name in plain) or "-"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -49,7 +49,7 @@ def compile_command(
     batch: Annotated[int | None, typer.Option(help="Sequences in flight.")] = None,
     block_length: Annotated[int | None, typer.Option(help="Positions decoded together.")] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Which candidates commit: a name, or file.py:name.")
+        str | None, typer.Option(help="Which candidates commit: auto, a name, or file.py:name.")
     ] = None,
     score: Annotated[
         str | None, typer.Option(help="steps: low_confidence, random, margin or entropy.")

@@ -22,7 +22,7 @@ class Options:
     max_length: int | None = None  # positions a sequence: prompt and generated tokens
     batch: int = 1  # sequences in flight
     block_length: int | None = None  # positions decoded together
-    policy: str | None = None  # which candidates commit: a name, or file.py:name
+    policy: str | None = None  # which candidates commit: auto, a name, or file.py:name
     score: str | None = None  # steps: by what it orders positions
     manager: str = "blockwise"  # in which order positions are decided
     max_blocks: int | None = None  # pipelined: blocks of a sequence undecided at a time

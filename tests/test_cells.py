@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,7 @@ KNOBS = {
 
 def same_compile(cell: Cell) -> tuple[object, ...]:
     """Cells that differ only in the cache have one artifact: the loop chooses rows."""
-    return cell.span, cell.policy, cell.manager
+    return cell.span, cell.policy, cell.manager, cell.smoothing
 
 
 def groups() -> Iterator[object]:
@@ -71,6 +71,7 @@ def options_of(cell: Cell, block: int) -> Options:
         policy=cell.policy,
         manager=cell.manager,
         cache=cell.cache,
+        smoothing=0.3 if cell.smoothing else None,
         look_back=3,
         look_ahead=2,
         warmup=2,
@@ -113,13 +114,12 @@ def tokens(results: Sequence[Result]) -> list[list[int]]:
 def test_the_cells_are_those_that_the_compiler_takes(folders: dict[str, Path]) -> None:
     for span in KINDS.values():
         spec = open_checkpoint(folders[FAMILY[span is None]]).spec
-        listed = {(cell.policy, cell.manager, cell.cache) for cell in cells(span)}
+        listed = {(c.policy, c.manager, c.cache, c.smoothing) for c in cells(span)}
+        spec = replace(spec, block_length=span)
         taken = {
-            (policy, manager, cache)
-            for policy in policy_names()
-            for manager in MANAGERS
-            for cache in CACHES
-            if allowed(policy, manager, cache, replace(spec, block_length=span)) is None
+            cell
+            for cell in product(policy_names(), MANAGERS, CACHES, (False, True))
+            if allowed(*cell[:3], spec, smoothing=cell[3]) is None
         }
         assert listed == taken and listed
 

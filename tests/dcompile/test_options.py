@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from quick import compile_quickly
 
-from dcompile.driver import compile_checkpoint
+from dcompile.driver import compile_checkpoint, settle
 from dcompile.errors import DcompileError, OptionError
+from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
+from dcompile.runtime.loop import Runner
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +77,16 @@ def test_a_policy_of_the_user(bidirectional: Path, tmp_path: Path) -> None:
     out = compile_checkpoint(bidirectional, options, tmp_path / "m.dcx")
     (result,) = Runner.load(out).generate([[1, 2, 3]], gen_length=8, early_stop=False)
     assert result.forwards == 8
+
+
+def test_auto_is_the_family_s_policy_with_its_threshold(
+    bidirectional: Path, block_causal: Path, tmp_path: Path
+) -> None:
+    for folder in (bidirectional, block_causal):
+        spec = open_checkpoint(folder).spec
+        chosen = [settle(Options(policy=name, max_length=96), spec) for name in (None, "auto")]
+        assert chosen[0] == chosen[1] and chosen[0].policy == spec.defaults["policy"]
+    options = Options(policy="auto", max_length=96, block_length=8)
+    runner = Runner.load(compile_quickly(bidirectional, options, tmp_path / "model.dcx"))
+    assert runner.artifact.manifest["policy"]["name"] == "threshold"
+    assert runner.limits.parameters["threshold"] == 0.8
