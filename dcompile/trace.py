@@ -22,6 +22,7 @@ from dcompile.ir import ops
 from dcompile.ir.meta import KEY, Facts
 from dcompile.ir.program import Input, Output, Program, StepShape
 from dcompile.ir.weights import Recipe
+from dcompile.loops import traceable
 from dcompile.policies import Policy
 from dcompile.repeat import Run, repeat_layers
 from dcompile.smoothing import STATE, embeddings, softened
@@ -64,7 +65,8 @@ class Step(nn.Module):
         ids = canvas[row_seq, row_pos][None]
         soft = [state[STATE]] if self.smoothed else []
         state = {name: state[name] for name in self.policy.state}
-        logits = self._forward(ids, [held[row_seq, row_pos] for held in soft])[0]
+        with traceable(self.model):
+            logits = self._forward(ids, [held[row_seq, row_pos] for held in soft])[0]
         place = (block_seq[:, None], block_pos)
         clocks = (iteration, entered, temperature, seed, tick)
         written = write_tokens(
@@ -278,9 +280,37 @@ def _program(exported: ExportedProgram, wanted: Traced, states: Sequence[str]) -
         )
     for node in module.graph.nodes:
         node.meta = {"val": node.meta.get("val"), KEY: _facts(node)}
+    _settle_shapes(module.graph)
     symbols = _symbols(module)
     outputs = [*OUTPUTS, *(Output(name, state=name) for name in states)]
     return Program(module, inputs, outputs, wanted.shape, recipes, constants, symbols)
+
+
+VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.reshape.default,
+}
+
+
+def _settle_shapes(graph: torch.fx.Graph) -> None:
+    """A view's one symbolic size is -1, so that no arithmetic on sizes is left for it."""
+    for node in list(graph.nodes):
+        if node.target not in VIEWS:
+            continue
+        shape = node.meta["val"].shape
+        moving = [i for i, d in enumerate(shape) if not isinstance(d, int)]
+        if len(moving) == 1:
+            node.args = (node.args[0], [-1 if i in moving else d for i, d in enumerate(shape)])
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and _is_arithmetic(node):
+            graph.erase_node(node)
+
+
+def _is_arithmetic(node: Node) -> bool:
+    return getattr(node.target, "__module__", "") in ("_operator", "operator") and isinstance(
+        node.meta.get("val"), (int, torch.SymInt)
+    )
 
 
 def _symbols(module: torch.fx.GraphModule) -> dict[str, str]:

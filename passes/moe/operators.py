@@ -237,7 +237,8 @@ def _scatter(reader: Reader, node: Node, index: Index) -> Expr | None:
     if not isinstance(which, Node) or not isinstance(dim, int):
         return None
     dim %= len(index)
-    slot = reader.axis(which, dim)
+    one = reader.sizes(which)[dim] == (False, 1)
+    slot = ZERO if one else reader.axis(which, dim)
     at = (*index[:dim], slot, *index[dim + 1 :])
     found = reader.term(which, at)
     if not isinstance(found, Chosen) or found.place[-1] != slot:
@@ -245,12 +246,14 @@ def _scatter(reader: Reader, node: Node, index: Index) -> Expr | None:
     start = reader.operand(node, base, index)
     here = Same(found, index[dim])
     given = reader.operand(node, src, at)
-    placed = Total(slot, here if given == Num(1.0) else Times((here, given)))
+    body: Expr = here if given == Num(1.0) else Times((here, given))
+    placed = Total(slot, body) if isinstance(slot, Var) else body
+    chosen = Total(slot, here) if isinstance(slot, Var) else here
     if start == Num(0.0):
         return placed
     if node.target is aten.scatter_add.default:
         return Plus((start, placed))
-    return Fn("only", (Total(slot, here), placed)) if start == Num(NEG_INF) else None
+    return Fn("only", (chosen, placed)) if start == Num(NEG_INF) else None
 
 
 def _softmax(reader: Reader, node: Node, index: Index) -> Expr | None:

@@ -157,6 +157,8 @@ def _by_slot(choice: Node, product: Product, slot: Var) -> tuple[int, Chosen, Pr
     if any(isinstance(f, Same) for f in left):
         raise NotProven("an expert is used under a condition that is not its choice")
     was = at.place[-1]
+    if was == ZERO and slots(choice) == 1:
+        return key, at, replace(product, factors=left)
     if not isinstance(was, Var) or was not in product.over:
         raise NotProven("only some of the chosen experts are used")
     new = replace(slot, size=was.size)
@@ -164,6 +166,11 @@ def _by_slot(choice: Node, product: Product, slot: Var) -> tuple[int, Chosen, Pr
     factors = tuple(subst(f, was, new) for f in left)
     at = replace(at, place=(*at.place[:-1], new))
     return key, at, Product(product.number, over, factors)
+
+
+def slots(choice: Node) -> int:
+    """How many a choice puts in order."""
+    return int(choice.meta["val"][0].shape[-1])
 
 
 def _is_free(choice: Chosen, product: Product) -> bool:

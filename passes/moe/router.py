@@ -79,7 +79,7 @@ def read_router(reader: Reader, choice: Chosen, number: float, factors: Iterable
     """The router that chooses at `choice` and weighs an expert by number * factors."""
     topk, slot = choice.node, choice.place[-1]
     ranked = topk.args[0]
-    assert isinstance(ranked, Node) and isinstance(slot, Var)
+    assert isinstance(ranked, Node)
     if value(ranked).dtype not in (torch.float32, torch.float64):
         kind = str(value(ranked).dtype).removeprefix("torch.")
         raise NotProven(
@@ -100,7 +100,9 @@ def read_router(reader: Reader, choice: Chosen, number: float, factors: Iterable
     return Router(ranking.logits, ranking.bias, top_k, score, *groups, renormalize, scale)
 
 
-def _top_k(topk: Node, slot: Var) -> int:
+def _top_k(topk: Node, slot: Term) -> int:
+    if not isinstance(slot, Var):
+        return 1
     k = topk.args[1] if topk.target is aten.topk.default else slot.size
     if k != slot.size:
         raise NotProven(f"of the {k} chosen experts {slot.size} are used")
@@ -213,15 +215,16 @@ def _weights(
     if not below:
         return kind, renormalize, number
     slot = choice.place[-1]
-    assert isinstance(slot, Var)
     by, slack = 0.0, 0.0
     for product in expand(below[0].args[0]):
         if not product.over and not product.factors:
             slack = product.number
             continue
-        if len(product.over) != 1 or by or product.over[0].size != slot.size:
-            raise NotProven("the weights are divided by something else than their sum")
-        if [subst(f, product.over[0], slot) for f in product.factors] != [mine]:
+        terms, over = list(product.factors), list(product.over)
+        if isinstance(slot, Var) and len(over) == 1 and over[0].size == slot.size:
+            var = over.pop()
+            terms = [subst(f, var, slot) for f in terms]
+        if over or by or terms != [mine]:
             raise NotProven("the weights are divided by something else than their sum")
         by = product.number
     most = 1e-9 if kind.startswith("softmax") else 1e-12
@@ -287,9 +290,12 @@ def _of_chosen(reader: Reader, mine: Ref, logits: Node, choice: Chosen) -> bool:
     if not (isinstance(whole, Fn) and whole.name == "only"):
         return False
     there = expand(whole.args[0])
-    if len(there) != 1 or len(there[0].over) != 1 or there[0].over[0].size != slot.size:  # type: ignore
+    if len(there) != 1 or [v.size for v in there[0].over] != (
+        [slot.size] if isinstance(slot, Var) else []
+    ):
         return False
-    at = Chosen(choice.node, (*choice.place[:-1], there[0].over[0]), choice.size)
+    last = there[0].over[0] if there[0].over else slot
+    at = Chosen(choice.node, (*choice.place[:-1], last), choice.size)
     if there[0].factors not in ((Same(at, expert),), (Same(expert, at),)):
         return False
     return _is(formula(expand(subst(whole.args[1], expert, choice))), base, choice)

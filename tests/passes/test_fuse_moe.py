@@ -19,6 +19,7 @@ from torch.fx import Interpreter, Node
 from dcompile.ir import ops
 from dcompile.ir.contract import verify
 from dcompile.ir.program import Program
+from dcompile.loops import traceable
 from dcompile.passes.canonicalize import Canonicalize
 from dcompile.passes.fuse_moe import FuseMoE
 from dcompile.pipeline import clean_up
@@ -36,7 +37,8 @@ def program_of(block: nn.Module, rows: int) -> Parts:
     names = [n for n, _ in block.named_parameters()]
 
     def call(x: Tensor, *given: Tensor) -> tuple[Tensor]:
-        return (functional_call(block, dict(zip(names, given, strict=True)), (x,)),)
+        with traceable(block):
+            return (functional_call(block, dict(zip(names, given, strict=True)), (x,)),)
 
     inputs = {"x": torch.randn(1, rows, block.sizes.hidden)}  # type: ignore[union-attr]
     return small_program(call, inputs, weights, rows=1), {**inputs, **weights}

@@ -181,6 +181,28 @@ def masked_loop(m: Mixture, x: Tensor, w: Tensor, index: Tensor) -> Tensor:
     return y
 
 
+def index_add_loop(m: Mixture, x: Tensor, w: Tensor, index: Tensor) -> Tensor:
+    rows, index, w = x.view(-1, x.shape[-1]), index.flatten(0, 1), w.flatten(0, 1)
+    y = torch.zeros_like(rows)
+    for e, expert in enumerate(m.each):
+        row, slot = torch.where(index == e)
+        if row.numel() == 0:
+            continue
+        y.index_add_(0, row, expert(rows[row]) * w[row, slot, None])
+    return y.view_as(x)
+
+
+def nonzero_loop(m: Mixture, x: Tensor, w: Tensor, index: Tensor) -> Tensor:
+    rows, w = x.reshape(-1, x.shape[-1]), w.flatten(0, 1)
+    y = torch.zeros_like(rows)
+    hot = F.one_hot(index.flatten(0, 1), m.sizes.experts).permute(2, 1, 0)
+    for e in torch.greater(hot.sum(dim=(-1, -2)), 0).nonzero():
+        slot, row = torch.where(hot[e].squeeze(0))
+        chosen = rows[None, row].reshape(-1, x.shape[-1])
+        y = y.index_add(0, row, m.merged[e](chosen) * w[row, slot, None])
+    return y.reshape(x.shape)
+
+
 def where_loop(m: Mixture, x: Tensor, w: Tensor, index: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     gate = dense_gate(m, w, index)
@@ -252,6 +274,8 @@ SPELLINGS: list[Spelling] = [
     bmm_all,
     bmm_biased,
     masked_loop,
+    index_add_loop,
+    nonzero_loop,
     where_loop,
     masked_inputs,
     dispatch_combine,
