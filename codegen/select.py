@@ -12,6 +12,7 @@ from dcompile.codegen.launches import Argument, Float, Int, Launch, Value
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
+from dcompile.ir.routing import ROUTE_LIMITED
 from dcompile.ir.sizes import Size, elements, shape_of
 
 aten = torch.ops.aten
@@ -198,6 +199,23 @@ def _route(program: Program, node: Node) -> Launch | None:
     return _native("route", node, args, [weights, experts])
 
 
+def _route_limited(program: Program, node: Node) -> Launch | None:
+    logits, bias, *places, top_k, score, groups, kept, renormalize = node.args[:11]
+    scale, capacity, reroute, pool = node.args[11:]
+    assert isinstance(logits, Node) and isinstance(top_k, int) and isinstance(scale, float)
+    assert isinstance(capacity, float)
+    if value(logits).dtype != torch.float32:
+        return None
+    weights, experts = all_outputs(program, node, 2)
+    args: list[Argument] = [Value(weights), Value(experts), Value(logits), optional(bias)]
+    args += [optional(place) for place in places]
+    args += [rows_of(program, logits), rows_of(program, places[2], 0), last(logits)]  # type: ignore[arg-type]
+    args += [Int(top_k), Int(ops.SCORES.index(str(score)))]
+    args += [Int(int(groups)), Int(int(kept)), Int(int(bool(renormalize))), Float(scale)]  # type: ignore[call-overload]
+    args += [Float(capacity), Int(int(bool(reroute))), Int(int(pool)), last(places[3])]  # type: ignore
+    return _native("route_limited", node, args, [weights, experts])
+
+
 def _moe_ffn(program: Program, node: Node) -> Launch | None:
     x, weights, experts, gate_up, down, gate_up_bias, down_bias, activation = node.args
     end = _suffix(x, gate_up, down)
@@ -277,6 +295,7 @@ TABLE: dict[object, Selector] = {
     ops.NORM_ROPE_WRITE: _norm_rope_write,
     ops.ATTEND: _attend,
     ops.ROUTE: _route,
+    ROUTE_LIMITED: _route_limited,
     ops.MOE_FFN: _moe_ffn,
     ops.VOCAB_SOFT_EMBED: _vocab_soft_embed,
     ops.VOCAB_CHOICE: _vocab_choice,

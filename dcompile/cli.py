@@ -86,6 +86,16 @@ def compile_command(
         ),
     ] = None,
     smoothing: Annotated[float | None, typer.Option(help="Weight of iteration smoothing.")] = None,
+    moe_capacity: Annotated[
+        float | None,
+        typer.Option(help="An expert takes so many times its even share of a sequence's tokens."),
+    ] = None,
+    moe_overflow: Annotated[
+        str | None, typer.Option(help="What a token does beyond it: drop, or reroute.")
+    ] = None,
+    expert_pool: Annotated[
+        int | None, typer.Option(help="Experts that the tokens of a block choose from.")
+    ] = None,
     mask_id: Annotated[int | None, typer.Option(help="Where the checkpoint lacks it.")] = None,
     eos_id: Annotated[
         list[int] | None, typer.Option(help="Instead of the checkpoint's; repeatable.")
@@ -119,6 +129,9 @@ def compile_command(
         "refresh_every": refresh_every,
         "cross_block": cross_block,
         "smoothing": smoothing,
+        "moe_capacity": moe_capacity,
+        "moe_overflow": moe_overflow,
+        "expert_pool": expert_pool,
         "mask_id": mask_id,
         "eos_ids": tuple(eos_id) if eos_id else None,
         "check": check,

@@ -18,6 +18,7 @@ from dcompile.driver import open_origin, settle, trace_origin
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
+from dcompile.ir.routing import scores, shares
 from dcompile.ir.weights import Read
 from dcompile.options import Options
 from dcompile.pipeline import run
@@ -117,6 +118,8 @@ def _moe_ffn(
 ) -> Tensor:
     out = torch.zeros_like(x)
     for e in experts.unique().tolist():
+        if e < 0:
+            continue
         row, rank = torch.where(experts == e)
         gate, up = F.linear(x[row], gate_up[e]).chunk(2, -1)
         y = F.linear(F.silu(gate) * up, down[e])
@@ -134,18 +137,10 @@ def _route(
     renormalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    s = torch.softmax(logits, -1) if score == "softmax" else torch.sigmoid(logits)
-    by = s if bias is None else s + bias
-    if groups > 1:
-        grouped = by.unflatten(-1, (groups, -1))
-        kept = grouped.topk(2, -1).values.sum(-1).topk(kept_groups, -1).indices
-        keep = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, kept, True)
-        by = grouped.masked_fill(~keep[..., None], float("-inf")).flatten(-2)
+    s, by = scores(logits, bias, score, groups, kept_groups)
     chosen = by.topk(top_k, -1).indices
-    weights = s.gather(-1, chosen)
-    if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights * scale, chosen.to(torch.int32)
+    share = shares(logits, s, chosen, score, renormalize, scale)
+    return share.gather(-1, chosen), chosen.to(torch.int32)
 
 
 def _choose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -34,6 +35,9 @@ class Options:
     refresh_every: int = 8  # periodic: iterations between refreshes
     cross_block: bool = True  # block: the next block's first forward stores the block before it
     smoothing: float | None = None  # iteration smoothing: the largest weight of the mixture
+    moe_capacity: float | None = None  # tokens an expert takes, by what an even share would be
+    moe_overflow: str | None = None  # what a token does that it does not take: drop, reroute
+    expert_pool: int | None = None  # experts that a block's tokens choose from
     mask_id: int | None = None  # where the checkpoint does not say it
     eos_ids: tuple[int, ...] | None = None
     check: bool = False  # run the program before and after each pass, and compare
@@ -52,6 +56,7 @@ class Options:
                 raise OptionError(f"{name} must not be negative, it is {getattr(self, name)}")
         if self.refresh_every < 1:
             raise OptionError(f"refresh_every must be at least 1, not {self.refresh_every}")
+        self._validate_experts()
         if self.cache is not None and self.cache not in CACHES:
             raise OptionError(
                 f"there is no cache policy named {self.cache!r}",
@@ -73,6 +78,23 @@ class Options:
                 f"smoothing must be above 0 and at most 1, not {self.smoothing}",
                 remedy="--smoothing 0.3, as published",
             )
+
+    def _validate_experts(self) -> None:
+        if self.moe_capacity is not None and not 0 < self.moe_capacity < math.inf:
+            raise OptionError(
+                f"moe_capacity must be above 0, not {self.moe_capacity}", remedy="1.0 to 2.0"
+            )
+        if self.moe_overflow not in (None, "drop", "reroute"):
+            raise OptionError(
+                f"there is no moe_overflow {self.moe_overflow!r}", remedy="drop or reroute"
+            )
+        if self.moe_overflow is not None and self.moe_capacity is None:
+            raise OptionError(
+                "moe_overflow says what to do beyond a capacity, and there is none",
+                remedy="--moe-capacity 1.5",
+            )
+        if self.expert_pool is not None and self.expert_pool < 1:
+            raise OptionError(f"expert_pool must be at least 1, not {self.expert_pool}")
 
     def record(self) -> dict[str, object]:
         """As data for the manifest, without what only steers the compiler."""

@@ -26,6 +26,7 @@ from dcompile.passes.fuse_norm_rope_write import FuseNormRopeWrite
 from dcompile.passes.fuse_silu_mul import FuseSiluMul
 from dcompile.passes.fuse_soft_embed import FuseSoftEmbed
 from dcompile.passes.fuse_vocab_choice import FuseVocabChoice
+from dcompile.passes.limit_experts import LimitExperts
 from dcompile.passes.merge_projections import MergeProjections
 from dcompile.passes.narrow_window import NarrowWindow
 from dcompile.passes.reuse_kv import ReuseKV
@@ -43,6 +44,8 @@ def passes(options: Options) -> tuple[Pass, ...]:
         Canonicalize(),
         ReuseKV(),
         Canonicalize(),
+        # After the proof that no position sees another: limits let a sequence's rows see each other.
+        *_limits(options),
         # Roles before the fusions that hide what a linear layer feeds.
         FindRoles(),
         MergeProjections(),
@@ -58,6 +61,14 @@ def passes(options: Options) -> tuple[Pass, ...]:
         Canonicalize(),
         FuseVocabChoice(),
         Canonicalize(),
+    )
+
+
+def _limits(options: Options) -> tuple[Pass, ...]:
+    if options.moe_capacity is None and options.expert_pool is None:
+        return ()
+    return (
+        LimitExperts(options.moe_capacity, options.moe_overflow or "drop", options.expert_pool),
     )
 
 

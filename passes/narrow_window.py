@@ -12,9 +12,14 @@ from dcompile.ir import ops
 from dcompile.ir.edit import insert, propagate, replace, value
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Exactness, Program, Remark
+from dcompile.ir.routing import ROUTE_LIMITED
 from dcompile.passes.positionwise import sequence_axes
 
 aten = torch.ops.aten
+
+
+# What they give a row depends on the other rows of its sequence.
+BARRIERS = {ops.NORM_ROPE_WRITE, ops.WRITE_ROWS, ROUTE_LIMITED}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def _only_for(program: Program, choice: Node) -> list[Node]:
     for node in reversed(program.nodes()):
         if node.op != "call_function" or node is choice or not node.users:
             continue
-        if node.target in (ops.NORM_ROPE_WRITE, ops.WRITE_ROWS) or not sequence_axes(program, node):
+        if node.target in BARRIERS or not sequence_axes(program, node):
             continue
         # Ids and gathers of tables are cheaper to compute than to gather.
         if node.target in (aten.index.Tensor, aten.embedding.default):

@@ -36,4 +36,8 @@ DC_EXPORT const char dc_abi[] =
     DC_ABI_OF(f32) DC_ABI_OF(bf16) DC_ABI_OF(f16)
     "gather_rows  >out:?[C,Z]=x x:?[Z] index:i64[C]<x/Z C Z; Z>=1\n"
     "route  >weights:f32[R,k] >experts:i32[R,k]=E logits:f32[R,E] bias?:f32[E] R E k score "
-    "groups kept renormalize scale:f; E>=1 k>=1 k<=E groups>=1 kept>=1 kept<=groups E%groups\n";
+    "groups kept renormalize scale:f; E>=1 k>=1 k<=E groups>=1 kept>=1 kept<=groups E%groups\n"
+    "route_limited  >weights:f32[R,k] >experts:i32[R,k] logits:f32[R,E] bias?:f32[E] "
+    "row_seq:i64[R] row_pos:i64[R] block_seq:i64[B] block_pos:i64[B,n] R B E k score "
+    "groups kept renormalize scale:f capacity:f reroute pool n; "
+    "E>=1 k>=1 k<=E groups>=1 kept>=1 kept<=groups E%groups n>=1\n";

@@ -9,6 +9,7 @@
 #include "norm.h"
 #include "pointwise.h"
 #include "route.h"
+#include "route_limited.h"
 #include "soft_embed.h"
 #include "vocab_choice.h"
 
@@ -74,6 +75,14 @@ FOR_EACH_TYPE(ATTEND)
 DC_EXPORT void route(const Arg *a) {
     route(ptr<float>(a[0]), ptr<int32_t>(a[1]), ptr<float>(a[2]), ptr<float>(a[3]), a[4].i,
           RouteShape{a[5].i, a[6].i, a[7].i, a[8].i, a[9].i, a[10].i, float(a[11].f)});
+}
+
+DC_EXPORT void route_limited(const Arg *a) {
+    route_limited(ptr<float>(a[0]), ptr<int32_t>(a[1]), ptr<float>(a[2]), ptr<float>(a[3]),
+                  ptr<int64_t>(a[4]), ptr<int64_t>(a[5]), ptr<int64_t>(a[6]), ptr<int64_t>(a[7]),
+                  a[8].i, a[9].i,
+                  RouteShape{a[10].i, a[11].i, a[12].i, a[13].i, a[14].i, a[15].i, float(a[16].f)},
+                  Limits{a[17].f, a[18].i, a[19].i, a[20].i});
 }
 
 #define MOE_FFN(T)                                                                              \

@@ -30,16 +30,15 @@ static inline void score_row(float *score, const float *logits, int64_t E, bool 
     for (int64_t e = 0; e < E; e++) score[e] /= sum;
 }
 
-// Weights of the chosen experts before they are renormalised and scaled: a softmax of k logits.
-static inline void softmax_chosen(float *weights, const float *logits, const int32_t *chosen,
-                                  int64_t k) {
+// score[e] = exp(z[e]) / sum of exp(z) over the k chosen.
+static inline void softmax_of_chosen(float *score, const float *z, const int32_t *chosen, int64_t E,
+                                     int64_t k) {
     float best = -__builtin_inff(), sum = 0.0f;
-    for (int64_t i = 0; i < k; i++) best = logits[chosen[i]] > best ? logits[chosen[i]] : best;
-    for (int64_t i = 0; i < k; i++) {
-        vf z = splat(logits[chosen[i]] - best);
-        sum += weights[i] = vexp(z)[0];
-    }
-    for (int64_t i = 0; i < k; i++) weights[i] /= sum;
+    for (int64_t i = 0; i < k; i++) best = z[chosen[i]] > best ? z[chosen[i]] : best;
+    for (int64_t e = 0; e < E; e += VL)
+        store_n(score + e, vexp(load_n(z + e, E - e) - best), E - e);
+    for (int64_t i = 0; i < k; i++) sum += score[chosen[i]];
+    for (int64_t e = 0; e < E; e++) score[e] /= sum;
 }
 
 // The k largest keys, largest first, the lower index first among equals.
@@ -71,6 +70,17 @@ static inline void drop_groups(float *keys, int32_t *order, float *sums, const R
         for (int64_t e = g * per; sums[g] == sums[g] && e < (g + 1) * per; e++) keys[e] = low;
 }
 
+// What ranks the experts of a row, and what weighs them.
+static inline void rank_row(float *score, float *keys, const float *z, const float *bias,
+                            const RouteShape &s) {
+    score_row(score, z, s.E, s.score == SIGMOID || s.score == SIGMOID_BY_LOGITS);
+    const float *by = s.score >= SOFTMAX_CHOSEN ? z : score;
+    for (int64_t e = 0; e < s.E; e++) {
+        float key = bias ? by[e] + bias[e] : by[e];
+        keys[e] = key == key ? key : -__builtin_inff();
+    }
+}
+
 static void route(float *weights, int32_t *experts, const float *logits, const float *bias,
                   int64_t R, RouteShape s) {
     const int64_t padded = (s.E + 31) & ~int64_t(15);
@@ -81,23 +91,15 @@ static void route(float *weights, int32_t *experts, const float *logits, const f
         int32_t *order = reinterpret_cast<int32_t *>(sums + padded);
         for (int64_t r = first; r < last; r++) {
             const float *z = logits + r * s.E;
-            score_row(score, z, s.E, s.score == SIGMOID || s.score == SIGMOID_BY_LOGITS);
-            const float *by = s.score >= SOFTMAX_CHOSEN ? z : score;
-            for (int64_t e = 0; e < s.E; e++) {
-                float key = bias ? by[e] + bias[e] : by[e];
-                keys[e] = key == key ? key : -__builtin_inff();
-            }
+            rank_row(score, keys, z, bias, s);
             if (s.groups > 1 && s.kept_groups < s.groups) drop_groups(keys, order, sums, s);
             int32_t *chosen = experts + r * s.k;
             float *weight = weights + r * s.k, sum = 1e-20f;
             top(chosen, s.k, keys, s.E);
-            if (s.score == SOFTMAX_CHOSEN)
-                softmax_chosen(weight, z, chosen, s.k);
-            else
-                for (int64_t i = 0; i < s.k; i++) weight[i] = score[chosen[i]];
-            for (int64_t i = 0; i < s.k; i++) sum += weight[i];
+            if (s.score == SOFTMAX_CHOSEN) softmax_of_chosen(score, z, chosen, s.E, s.k);
+            for (int64_t i = 0; i < s.k; i++) sum += score[chosen[i]];
             const float factor = s.renormalize ? s.scale / sum : s.scale;
-            for (int64_t i = 0; i < s.k; i++) weight[i] *= factor;
+            for (int64_t i = 0; i < s.k; i++) weight[i] = score[chosen[i]] * factor;
         }
     });
 }

@@ -17,6 +17,7 @@ import onnx_ir.passes.common as passes
 import torch
 from onnxscript import opset18 as op
 
+from dcompile.errors import UnsupportedModel
 from dcompile.export import onnx_functions as functions
 from dcompile.export.onnx_functions import call
 from dcompile.export.step import Portable
@@ -146,6 +147,10 @@ def _silu_mul(gate, up):  # type: ignore[no-untyped-def]
 
 
 def _route(logits, bias, top_k, score, groups, kept_groups, renormalize, scale):  # type: ignore[no-untyped-def]
+    if score not in ("softmax", "sigmoid"):
+        raise UnsupportedModel(
+            f"routing by {score} has no ONNX function", remedy="--format pt2, or compile it"
+        )
     if bias is None:
         bias = op.Constant(value_float=0.0)
     return call(functions.route)(

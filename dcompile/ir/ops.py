@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from dcompile.ir.routing import best, scores, shares
+
 NEG_INF = float("-inf")
 MASK32 = 0xFFFFFFFF
 
@@ -375,25 +377,10 @@ def route(
     By group where groups > 1 (a group's score is the sum of its two best; the best kept_groups stay).
     NaN counts as lowest.
     """
-    z = logits.float()
-    s = torch.sigmoid(z) if score.startswith("sigmoid") else torch.softmax(z, -1)
-    chosen_by = s if score in ("softmax", "sigmoid") else z
-    chosen_by = chosen_by if bias is None else chosen_by + bias.float()
-    chosen_by = torch.where(chosen_by.isnan(), NEG_INF, chosen_by)
-    rows, experts = chosen_by.shape
-    if groups > 1:
-        grouped = chosen_by.reshape(rows, groups, experts // groups)
-        group_score = grouped.topk(min(2, experts // groups), -1).values.sum(-1)
-        kept = torch.argsort(-group_score, dim=-1, stable=True)[:, :kept_groups]
-        keep = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, kept, True)
-        chosen_by = grouped.masked_fill(~keep[:, :, None], NEG_INF).reshape(rows, experts)
-    order = torch.argsort(-chosen_by, dim=-1, stable=True)[:, :top_k]
-    weights = s.gather(-1, order)
-    if score == "softmax_chosen":
-        weights = torch.softmax(z.gather(-1, order), -1)
-    if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * scale, order.to(torch.int32)
+    s, keys = scores(logits, bias, score, groups, kept_groups)
+    chosen = best(keys, top_k)
+    share = shares(logits, s, chosen, score, renormalize, scale)
+    return share.gather(-1, chosen), chosen.to(torch.int32)
 
 
 @route.register_fake

@@ -172,7 +172,9 @@ def _moe_ffn(call: Call) -> Work:
     chosen = None if call.routed is None else call.facts.experts.get(call.routed)
     # Without a look at the router: uniform routing.
     touched = (
-        experts * (1 - (1 - k / experts) ** rows) if chosen is None else len(np.unique(chosen))
+        experts * (1 - (1 - k / experts) ** rows)
+        if chosen is None
+        else len(np.unique(chosen[chosen >= 0]))
     )
     weights = (call.bytes(4) + call.bytes(5)) * touched / experts
     moved = weights + sum(call.bytes(i) for i in range(4))
@@ -229,7 +231,8 @@ def _silu_mul(call: Call) -> Work:
 
 
 def _route(call: Call) -> Work:
-    rows, experts = call.sizes[:2]
+    logits = call.launch["args"][2]["b"]
+    rows, experts = call.elements(logits) // call.shape(logits)[-1], call.shape(logits)[-1]
     return Work(sum(_moved(call)), 4 * rows * experts)
 
 
@@ -269,4 +272,5 @@ _FORMULAS: Mapping[str, Callable[[Call], Work]] = {
     "add_rms_norm": _normed,
     "silu_mul": _silu_mul,
     "route": _route,
+    "route_limited": _route,
 }
