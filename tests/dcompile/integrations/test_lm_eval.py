@@ -1,6 +1,6 @@
 """The harness's model class, under a stand-in for the harness: it is too large to install for tests.
 
-The stand-in has what the class uses of it; `bench/results/README.md` says how the real one was run.
+The stand-in has what the class uses of it; `test_lm_eval_harness.py` has the real one, where it is there.
 """
 
 from __future__ import annotations
