@@ -22,7 +22,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from quality_table import Row, picture, table
+from quality_picture import picture
+from quality_table import Row, table
 
 from dcompile.combine import Combination, refused
 from dcompile.driver import compile_checkpoint

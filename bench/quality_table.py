@@ -1,4 +1,4 @@
-"""What `quality.py` measured, in words and pictures: intervals, fronts, choices and their confirmation."""
+"""What `quality.py` measured, as text: intervals, fronts, choices and their confirmation."""
 
 from __future__ import annotations
 
@@ -257,50 +257,3 @@ def _caches(models: Mapping[str, Sequence[Row]]) -> str:
                 f"{ratios[0]:12.2f}{ratios[1]:13.2f}"
             )
     return "\n".join(lines)
-
-
-def picture(rows: Sequence[Row], stem: Path) -> None:
-    """Accuracy against forwards and against rows, a line of panels a model, the fronts drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "dcompile"
-    models = models_of(rows)
-    policies = list(dict.fromkeys(row.policy.split()[0] for row in rows))
-    markers = dict(zip(dict.fromkeys(row.cache for row in rows), "osD^vPX", strict=False))
-    colours = plt.get_cmap("tab20").colors[:: 2 if len(policies) <= 10 else 1]
-    figure, panels = plt.subplots(len(models), 2, figsize=(13, 5 * len(models)), squeeze=False)
-    for (model, found), pair in zip(models.items(), panels, strict=True):
-        low, high = wilson(found[0].right, len(found[0].hits))
-        for panel, (cost, of) in zip(pair, COSTS.items(), strict=True):
-            panel.axhspan(low, high, color="0.93", label="reference, 95 %")
-            for row in found:
-                panel.scatter(
-                    of(row),
-                    row.share,
-                    marker=markers[row.cache],
-                    color=colours[policies.index(row.policy.split()[0])],
-                    edgecolors="none" if row.manager == "blockwise" else "black",
-                    s=28,
-                    alpha=0.8,
-                )
-            best = front(found, of)
-            panel.plot([of(r) for r in best], [r.share for r in best], color="0.3", linewidth=1)
-            panel.set(xscale="log", xlabel=f"{cost} a question", ylabel="exact match", title=model)
-    kinds = [
-        plt.Line2D([], [], linestyle="", marker="o", color=colours[i], label=policy)
-        for i, policy in enumerate(policies)
-    ]
-    kinds += [
-        plt.Line2D([], [], linestyle="", marker=mark, color="0.4", label=cache)
-        for cache, mark in markers.items()
-    ]
-    kinds.append(plt.Line2D([], [], color="0.3", linewidth=1, label="front"))
-    ringed = {"markerfacecolor": "0.8", "markeredgecolor": "black"}
-    kinds.append(plt.Line2D([], [], linestyle="", marker="o", label="whole canvas", **ringed))
-    figure.legend(handles=kinds, loc="lower center", ncols=7, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(stem.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-from quality_table import COSTS, MARGIN, Row, choose, difference, front, picture, table, wilson
+from quality_picture import picture
+from quality_table import COSTS, MARGIN, Row, choose, difference, front, table, wilson
 
 
 def row(policy: str, hits: str, forwards: int, cache: str = "none", model: str = "m") -> Row:
