@@ -150,17 +150,6 @@ static inline void gemm(int64_t m, const typename Operand<T>::A *a, const T *pan
     }
 }
 
-#if defined(__AMX_BF16__)
-template <>
-inline void gemm<bf16>(int64_t m, const bf16 *a, const bf16 *panel, int64_t K, float *c, bool add,
-                       Prefetch f) {
-    if (m > TILE_ROWS)
-        tile_gemm<2>(m, a, panel, K, c, add, f);
-    else
-        tile_gemm<1>(m, a, panel, K, c, add, f);
-}
-#endif
-
 // C for all tiles of some rows against one panel, c [rows, 32]; meanwhile fetches what comes next.
 template <class T>
 static inline void gemm_panel(const Tiling &tiles, int64_t first, int64_t last,
@@ -179,3 +168,19 @@ static inline void gemm_panel(const Tiling &tiles, int64_t first, int64_t last,
         gemm<T>(tiles.size(t), a + row * row_size<T>(K), panel, K, c + row * PANEL, false, f);
     }
 }
+
+#if defined(__AMX_BF16__)
+template <>
+inline void gemm_panel<bf16>(const Tiling &tiles, int64_t first, int64_t last, const bf16 *a,
+                             const bf16 *panel, const bf16 *, int64_t K, float *c) {
+    for (int64_t t = first; t < last; t++) {
+        const int64_t m = tiles.size(t);
+        const bf16 *rows = a + tiles.first(t) * row_size<bf16>(K);
+        float *to = c + tiles.first(t) * PANEL;
+        if (t == first)
+            m > TILE_ROWS ? tile_gemm<2, true>(m, rows, panel, K, to) : tile_gemm<1, true>(m, rows, panel, K, to);
+        else
+            m > TILE_ROWS ? tile_gemm<2, false>(m, rows, panel, K, to) : tile_gemm<1, false>(m, rows, panel, K, to);
+    }
+}
+#endif

@@ -14,8 +14,7 @@ enum : int64_t { PANEL = 32, KC = 512 };
 // How rows of A stand: LDA elements apart, zeros behind the last one of K up to a multiple of STEP, at
 // most MR rows in a tile, cut where it can be at multiples of UNIT.  AHEAD: where there is one tile of rows,
 // how many bytes ahead of the panel's words to ask for more; 0 asks for the next panel.  Measured on
-// Sapphire Rapids, 5 and 32 rows: float32 from 13.9 to 14.5 and from 7.6 to 8.0 GB/s, bf16 from 13.2 to
-// 13.8 and from 10.4 to 11.6.
+// Sapphire Rapids, float32: 5 rows from 13.9 to 14.5 GB/s, 14 rows from 11.6 to 12.5.
 template <class T> struct Operand {
     typedef float A;
     enum : int64_t { LDA = KC + 16, STEP = 1, UNIT = 1, MR = VL == 16 ? 14 : 6, AHEAD = VL == 16 ? 4096 : 0 };
@@ -23,7 +22,7 @@ template <class T> struct Operand {
 #if defined(__AMX_BF16__)
 template <> struct Operand<bf16> {
     typedef bf16 A;
-    enum : int64_t { LDA = KC + 32, STEP = 32, UNIT = 16, MR = 32, AHEAD = 2048 };
+    enum : int64_t { LDA = KC + 32, STEP = 32, UNIT = 16, MR = 32, AHEAD = 0 };
 };
 #elif defined(__AVX512BF16__)
 template <> struct Operand<bf16> {
@@ -112,9 +111,5 @@ struct Prefetch {
     INLINE void fetch(int passes) {
         const int lines = passes == 1 ? 2 : 1;
         for (int i = 0; i < lines; i++) line(step / (passes * lines));
-    }
-    // As much as goes with `bytes`.
-    INLINE void fetch_for(int64_t bytes) {
-        for (int64_t left = bytes / 128 * step; left > 0; left -= 64) line(64);
     }
 };
