@@ -19,8 +19,10 @@ def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
     confidence = torch.where(choice.candidate, choice.confidence, NEVER)
     fill = sure(confidence, parameters["threshold"]) & choice.candidate
     likely = choice.confidence > parameters["threshold_edit"][:, None]
-    edit = choice.filled & (choice.token != choice.current) & likely
     full = choice.candidate.any(-1).logical_not()
+    # A block that ended by post_steps stays as it is, also where the host looks only later.
+    ended = full & (choice.state["post"] >= parameters["post_steps"])
+    edit = choice.filled & (choice.token != choice.current) & likely & ended.logical_not()[:, None]
     count = choice.state["post"] + full.float()
     more = (count < parameters["post_steps"]) & (edit.any(-1) | full.logical_not())
     return Decision(fill | edit, more=more, state={"post": count})

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import KNOBS, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_policies import REFERENCES, Memory, Seen, choose, iterate
@@ -48,32 +49,6 @@ class Situation:
     seed: int
 
 
-KNOBS: dict[str, st.SearchStrategy[float]] = {
-    "threshold": st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.0]),
-    "threshold_low": st.sampled_from([0.05, 0.2, 0.6]),
-    "threshold_edit": st.sampled_from([0.05, 0.3, 0.5, 1.0]),
-    "threshold_remask": st.sampled_from([0.05, 0.2, 0.4, 1.0]),
-    "post_steps": st.integers(0, 4).map(float),
-    "factor": st.sampled_from([0.0, 0.5, 1.0, 3.0]),
-    "steps": st.integers(1, 12).map(float),
-    "eps": st.sampled_from([1e-3, 0.1]),
-    "alpha": st.sampled_from([0.0, 0.7, 3.0]),
-    "beta": st.sampled_from([0.0, 0.8, 1.0]),
-    "gamma": st.sampled_from([0.2, 1.0]),
-}
-
-
-def rows(n: int) -> st.SearchStrategy[np.ndarray]:
-    """Logits [n, V]: ties, equal rows, sure ones, and such as prefer the mask."""
-    level = st.sampled_from([-3.0, 0.0, 0.0, 1.0, 2.0, 2.0, 9.0])
-    one = st.lists(level, min_size=VOCAB, max_size=VOCAB)
-    flat = st.just([0.5] * VOCAB)
-    mask_first = one.map(lambda z: [*z[:MASK], 30.0, *z[MASK + 1 :]])
-    kinds = st.one_of(one, flat, mask_first)
-    equal = kinds.map(lambda z: [z] * n)
-    return st.one_of(st.lists(kinds, min_size=n, max_size=n), equal).map(np.array)
-
-
 @st.composite
 def situations(draw: st.DrawFn, policy: Policy) -> Situation:
     n = draw(st.integers(1, 7))
@@ -82,6 +57,8 @@ def situations(draw: st.DrawFn, policy: Policy) -> Situation:
     current = draw(st.lists(st.one_of(st.just(MASK), st.just(MASK), token), min_size=n, max_size=n))
     prompt = draw(st.integers(0, n - 1))
     current = [0 if i < prompt and v == MASK else v for i, v in enumerate(current)]
+    if MASK not in current:
+        current[-1] = MASK  # no block is entered without one
     return Situation(
         current,
         prompt,
@@ -124,6 +101,8 @@ def test_the_policy_is_its_reference(name: str, data: st.DataObject) -> None:
             return
         assert written.updated[0].tolist() == wanted
         assert bool(written.done[0]) == done
+        if done:
+            return
         current, state = wanted, dict(written.state)
 
 
