@@ -14,7 +14,7 @@ from dcompile.export.containers import is_artifact, repack
 from dcompile.options import Options
 
 CONTAINERS = ("folder", "dcx")
-FORMATS = ("onnx", *CONTAINERS)
+FORMATS = ("onnx", "pt2", *CONTAINERS)
 ENTRIES = ("window", "full")
 _NEEDS = {"onnx": ("onnx", "onnxscript")}
 
@@ -55,6 +55,10 @@ def export(asked: Asked) -> Exported:
     source = open_source(asked.source, options, asked.progress)
     dtype, notes = _dtype(source.dtype, wanted, asked.format)
     asked.progress(asked.format)
+    if asked.format == "pt2":
+        from dcompile.export.pt2 import write_pt2
+
+        return Exported(write_pt2(source, asked.out, asked.entry, dtype), notes)  # type: ignore[arg-type]
     from dcompile.export.onnx_file import write_onnx
 
     return Exported(write_onnx(source, asked.out, asked.entry, dtype), notes)  # type: ignore[arg-type]

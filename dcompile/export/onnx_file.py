@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
-from uuid import uuid4
 
 import onnx
 import onnx_ir
 import torch
 from torch import Tensor
 
-from dcompile.errors import OutputError
+from dcompile.export.files import appearing, check_target
 from dcompile.export.onnx_model import onnx_model
-from dcompile.export.source import Source
+from dcompile.export.source import Source, facts
 from dcompile.export.step import Entry, portable
 from dcompile.ir.stored import StoredInput
 from dcompile.runtime.weights import raw
@@ -53,8 +50,8 @@ def write_onnx(
     check_target(out)
     step = portable(source, entry, dtype)
     model = onnx_model(step)
-    model.metadata_props["dcompile"] = json.dumps(_facts(source, entry), sort_keys=True)
-    with _appearing(out) as folder:
+    model.metadata_props["dcompile"] = json.dumps(facts(source, entry), sort_keys=True)
+    with appearing(out) as folder:
         _add_weights(model, step.weights, source, dtype, folder / out.name, inline_bytes)
         onnx_ir.save(model, folder / out.name)
         onnx.checker.check_model(str(folder / out.name), full_check=True)
@@ -63,19 +60,6 @@ def write_onnx(
         shutil.copyfile(Path(__file__).with_name(RUNNER), folder / RUNNER)
         names = sorted(path.name for path in folder.iterdir())
     return [out.parent / name for name in names]
-
-
-def _facts(source: Source, entry: Entry) -> Mapping[str, object]:
-    """What a loop has to know of the model beside the graph."""
-    sizes = source.program.sizes
-    return {
-        "entry": entry,
-        "model": {**source.model, "block_length": source.program.model_block},
-        "policy": source.policy,
-        "loop": source.loop,
-        "block_length": sizes["n"],
-        "max_length": sizes["L"],
-    }
 
 
 def _add_weights(
@@ -134,33 +118,3 @@ def _outside(
         name=name,
         base_dir=folder,
     )
-
-
-def check_target(out: Path) -> None:
-    """Raise OutputError where no file can be written at `out`."""
-    if not out.name or not out.parent.is_dir():
-        raise OutputError("there is no folder to write to", where=str(out.parent))
-    if out.exists() and not out.is_file():
-        raise OutputError("the output exists and is no file", where=str(out))
-    if not os.access(out.parent, os.W_OK):
-        raise OutputError("the folder cannot be written to", where=str(out.parent))
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` whose files move there at the end, the one called `out` last."""
-    folder = out.parent / f".{out.name}.{os.getpid()}-{uuid4().hex}.tmp"
-    try:
-        folder.mkdir()
-        yield folder
-        # A model must not read another one's weights, so an old one goes before they come.
-        if any(path.name == f"{out.name}.data" for path in folder.iterdir()):
-            out.unlink(missing_ok=True)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == out.name):
-            os.replace(path, out.parent / path.name)
-    except OSError as error:
-        what = f"the model could not be written: {error.strerror or error}"
-        remedy = "free some space there, or write to another place"
-        raise OutputError(what, where=str(out), remedy=remedy) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -44,7 +44,7 @@ def onnx_model(step: Portable) -> onnx_ir.Model:
         )
     assert made is not None
     model: onnx_ir.Model = made.model
-    _add_functions(model)
+    add_functions(model)
     _name_axes(model, step)
     passes.ClearMetadataAndDocStringPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
@@ -70,7 +70,7 @@ def _name_axes(model: onnx_ir.Model, step: Portable) -> None:
             )
 
 
-def _add_functions(model: onnx_ir.Model) -> None:
+def add_functions(model: onnx_ir.Model) -> None:
     """Put the bodies of the functions that the graph calls, and those that they call, into the model."""
     waiting = [n.op_type for n in model.graph.all_nodes() if n.domain == functions.DOMAIN]
     while waiting:

@@ -152,3 +152,16 @@ def _source(
     loop = {key: options[key] for key in _LOOP if key in options}
     dtype = getattr(torch, model["dtype"])
     return Source(program, dtype, read, model, policy, loop, tokenizer)
+
+
+def facts(source: Source, entry: str) -> Mapping[str, object]:
+    """What a loop has to know of the model beside the graph."""
+    sizes = source.program.sizes
+    return {
+        "entry": entry,
+        "model": {**source.model, "block_length": source.program.model_block},
+        "policy": source.policy,
+        "loop": source.loop,
+        "block_length": sizes["n"],
+        "max_length": sizes["L"],
+    }

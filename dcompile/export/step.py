@@ -12,7 +12,7 @@ Output `new.X` is the input X of the next iteration.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,39 +65,32 @@ def portable(source: Source, entry: Entry, dtype: torch.dtype) -> Portable:
 
     Floating values of the program's own dtype are computed in `dtype`.
     """
-    program = source.program
     step = BatchStep(source, entry, dtype)
-    weights = tuple(i for i in program.inputs if i.kind in ("weight", "constant"))
-    ports = tuple(step.ports)
-    moving = {
-        "batch": Dim("batch", min=1),
-        "length": Dim("length", min=1, max=program.sizes["L"]),
-        "window": Dim("window", min=1, max=program.sizes["L"]),
-    }
-    sizes = {"batch": _BATCH, "length": _LENGTH, "window": _WINDOW}
-    sizes["length"] = min(_LENGTH, program.sizes["L"])
-    sizes["window"] = min(_WINDOW, program.sizes["L"])
     with fake_weights(), torch.no_grad():
-        fixed = [torch.empty(_shape(i), dtype=step.widened(i.dtype)) for i in weights]
-        given = [
-            torch.zeros([sizes[d] if isinstance(d, str) else d for d in p.shape], dtype=p.dtype)
-            for p in ports
-        ]
-        shapes = [None] * len(fixed) + [
-            {i: moving[d] for i, d in enumerate(p.shape) if isinstance(d, str)} for p in ports
-        ]
+        fixed = [torch.empty(_shape(i), dtype=step.widened(i.dtype)) for i in step.weights]
+        given, shapes = step.example(source.program.sizes["L"])
         exported = torch.export.export(
-            step, (*fixed, *given), dynamic_shapes=(tuple(shapes),), strict=False
+            step,
+            (*fixed, *given),
+            dynamic_shapes=((*(None for _ in fixed), *shapes),),
+            strict=False,
         )
     _drop_checks(exported)
-    return Portable(exported, weights, ports, tuple(step.outputs))
+    return Portable(exported, tuple(step.weights), tuple(step.ports), tuple(step.outputs))
 
 
 class BatchStep(nn.Module):
     """Called with the weights and then `ports`, returns `outputs`, each in its order."""
 
-    def __init__(self, source: Source, entry: Entry, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: Source,
+        entry: Entry,
+        dtype: torch.dtype,
+        bodies: Mapping[object, Callable[..., object]] | None = None,
+    ) -> None:
         super().__init__()
+        self.bodies = bodies or {}
         program = source.program
         self.windowed = entry == "window"
         self.shift = bool(source.model["shift"])
@@ -111,7 +104,7 @@ class BatchStep(nn.Module):
                 "the program was not planned for rows: a pass was left out",
                 remedy="compile without --skip and --stop-after",
             )
-        self.weights = [i.name for i in program.inputs if i.kind in ("weight", "constant")]
+        self.weights = [i for i in program.inputs if i.kind in ("weight", "constant")]
         self.caches = {n: i for n, i in kept.items() if re.fullmatch(r"(keys|values)_\d+", n)}
         self.ports = list(self._ports(kept, program.sizes["n"]))
         self.returned = [self.windowed or o.state not in self.caches for o in program.outputs]
@@ -120,6 +113,23 @@ class BatchStep(nn.Module):
         ]
         self.outputs = [n for n, kept in zip(named, self.returned, strict=True) if kept]
         self.outputs.append("logits")
+
+    def example(self, longest: int) -> tuple[list[Tensor], list[dict[int, Any]]]:
+        """Zeros for the ports, and which of their axes move."""
+        moving = {
+            "batch": Dim("batch", min=1),
+            "length": Dim("length", min=1, max=longest),
+            "window": Dim("window", min=1, max=longest),
+        }
+        sizes = {"batch": _BATCH, "length": min(_LENGTH, longest), "window": min(_WINDOW, longest)}
+        given = [
+            torch.zeros([sizes[d] if isinstance(d, str) else d for d in p.shape], dtype=p.dtype)
+            for p in self.ports
+        ]
+        shapes = [
+            {i: moving[d] for i, d in enumerate(p.shape) if isinstance(d, str)} for p in self.ports
+        ]
+        return given, shapes
 
     def widened(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if dtype == self.narrow else dtype
@@ -153,6 +163,8 @@ class BatchStep(nn.Module):
                 logits = _split(graph, node)
             elif node.target in _SPLIT.values():
                 logits = node.args[0]
+            if node.target in self.bodies:
+                node.target = self.bodies[node.target]
             node.args = map_aggregate(node.args, self._cast)
             node.kwargs = map_aggregate(node.kwargs, self._cast)
         if logits is None:
@@ -164,7 +176,7 @@ class BatchStep(nn.Module):
         return self.widened(argument) if isinstance(argument, torch.dtype) else argument
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        weights = dict(zip(self.weights, given, strict=False))
+        weights = {i.name: x for i, x in zip(self.weights, given, strict=False)}
         names = [p.name for p in self.ports]
         at = {n: x for n, x in zip(names, given[len(weights) :], strict=True)}
         canvas, lengths = at["canvas"], at["lengths"]

@@ -28,11 +28,16 @@ Make = Callable[..., Made]
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     made: dict[tuple[object, ...], Made] = {}
 
-    def build(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> Made:
-        key = (family, dtype, *sorted(changes.items()))
+    def build(
+        family: str,
+        dtype: torch.dtype = torch.float32,
+        config: dict[str, object] | None = None,
+        **changes: object,
+    ) -> Made:
+        key = (family, dtype, repr(config or {}), *sorted(changes.items()))
         if key not in made:
             root = tmp_path_factory.mktemp(family)
-            folder = write_checkpoint(root / "checkpoint", family, dtype=dtype)
+            folder = write_checkpoint(root / "checkpoint", family, dtype=dtype, **(config or {}))
             block = None if family in ("llada2", "sdar", "sdar_moe") else 8
             settings = {"max_length": 64, "batch": 2, "block_length": block, **changes}
             options = Options(**settings)  # type: ignore[arg-type]
