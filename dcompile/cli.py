@@ -391,7 +391,7 @@ def bench(
 def export_command(
     model: Annotated[Path, typer.Argument(help="An artifact, or a checkpoint.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The file or folder to write.")],
-    format: Annotated[str, typer.Option(help="onnx, folder or dcx.")],
+    format: Annotated[str, typer.Option(help="onnx, pt2, folder or dcx.")],
     entry: Annotated[
         str, typer.Option(help="window: some positions, keys and values in and out. full: all.")
     ] = "window",
@@ -407,7 +407,7 @@ def export_command(
     ] = None,
     quiet: _Quiet = False,
 ) -> None:
-    """Take a model out: its denoising step as ONNX, or an artifact as a folder or one file.
+    """Take a model out: its denoising step as ONNX or .pt2, an artifact as a folder or one file.
 
     Options from --max-length on are for checkpoints; an artifact has its own.
     """

@@ -31,17 +31,25 @@ def onnx_model(step: Portable) -> onnx_ir.Model:
     """The step's graph with its weights as inputs, named as the program names them."""
     names = [w.name for w in step.weights] + [p.name for p in step.inputs]
     with _quiet():
-        made = torch.onnx.export(
-            step.exported,
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=names,
-            output_names=list(step.outputs),
-            custom_translation_table=TRANSLATIONS,
-            optimize=False,
-            verbose=False,
-        )
+        try:
+            made = torch.onnx.export(
+                step.exported,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=list(step.outputs),
+                custom_translation_table=TRANSLATIONS,
+                optimize=False,
+                verbose=False,
+            )
+        except Exception as failure:  # the exporter's own errors are many, and private
+            cause = failure.__cause__ or failure
+            first = next((line for line in str(cause).splitlines() if line.strip()), "")
+            raise UnsupportedModel(
+                f"torch.onnx cannot export the step: {first}",
+                remedy="--format pt2 takes every ATen operator",
+            ) from failure
     assert made is not None
     model: onnx_ir.Model = made.model
     add_functions(model)

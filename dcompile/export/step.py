@@ -23,8 +23,10 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from dcompile.errors import UnsupportedModel
+from dcompile.export.bodies import BODIES
 from dcompile.export.source import Source
 from dcompile.ir import ops
+from dcompile.ir.show import target_name
 from dcompile.ir.sizes import evaluate
 from dcompile.ir.stored import StoredInput, StoredProgram
 from dcompile.trace import fake_weights
@@ -158,11 +160,12 @@ class BatchStep(nn.Module):
         graph = torch.fx.Graph()
         result = graph.graph_copy(program.module.graph, {})
         logits = None
-        for node in list(graph.nodes):
-            if node.target in _SPLIT:
-                logits = _split(graph, node)
-            elif node.target in _SPLIT.values():
+        for node in [n for n in graph.nodes if n.target in _SPLIT]:
+            _split(graph, node)
+        for node in graph.nodes:
+            if node.target in _SPLIT.values():
                 logits = node.args[0]
+            _known(node)
             if node.target in self.bodies:
                 node.target = self.bodies[node.target]
             node.args = map_aggregate(node.args, self._cast)
@@ -211,15 +214,25 @@ class BatchStep(nn.Module):
         return *kept, logits.reshape(*block.shape, -1).float()
 
 
-def _split(graph: torch.fx.Graph, node: Node) -> Node:
-    """vocab_choice(x, w, b, ...) -> choose(linear(x, w, b), ...); the logits."""
+def _known(node: Node) -> None:
+    """Refuse an operator of ours that no export has a body for."""
+    own = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "dcompile"
+    if own and node.target not in BODIES and node.target not in _SPLIT:
+        raise UnsupportedModel(
+            f"the step has an operator that no export knows: {target_name(node)}",
+            where=node.name,
+            remedy="compile without --smoothing, and without other options that change the step",
+        )
+
+
+def _split(graph: torch.fx.Graph, node: Node) -> None:
+    """vocab_choice(x, w, b, ...) -> choose(linear(x, w, b), ...)"""
     x, weight, bias, *rest = node.args
     with graph.inserting_before(node):
         logits = graph.call_function(aten.linear.default, (x, weight, bias))
         chosen = graph.call_function(_SPLIT[node.target], (logits, *rest))  # type: ignore[index]
     node.replace_all_uses_with(chosen)
     graph.erase_node(node)
-    return logits
 
 
 def _drop_checks(exported: ExportedProgram) -> None:
