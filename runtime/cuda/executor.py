@@ -38,7 +38,8 @@ class CudaExecutor:
     """One artifact ready to run on a GPU; `step` is one iteration, and changes the state in place.
 
     `check_every` is how many iterations are one launch where the driver has no loops in graphs (None:
-    by the model's size), `loops=False` uses none. Raises WrongArchitecture, DeviceError, ArtifactError.
+    by the model's size), `loops=False` uses none; `held` are addresses of weights that are there
+    already. Raises WrongArchitecture, DeviceError, ArtifactError.
     """
 
     threads = 1
@@ -49,6 +50,7 @@ class CudaExecutor:
         device: Device | None = None,
         check_every: int | None = None,
         loops: bool = True,
+        held: Mapping[str, int] | None = None,
     ) -> None:
         self.plan = artifact.plan
         self.device = device or Device(Driver())
@@ -56,12 +58,14 @@ class CudaExecutor:
         self._code = Code(self.device)
         self.kernels = self._code.load(artifact)
         check_launches(self.plan, {name: each.entry for name, each in self.kernels.items()})
-        self.memory = DeviceMemory(artifact, self.device)
+        self.memory = DeviceMemory(artifact, self.device, held)
         self.memory.on_drop = _drop_graphs
         self.loops = loops and self.plan.loop is not None and self.device.driver.has_while
         if check_every is None:
-            held = sum(entry.bytes for entry in artifact.tensors.values())
-            check_every = 1 if held > _HASTY else 4
+            size = sum(
+                buffer.bytes(1, 1) for buffer in self.plan.buffers if buffer.kind == "weight"
+            )
+            check_every = 1 if size > _HASTY else 4
         self.check_every = check_every
         self._condition = self._code.condition() if self.loops else None
         self.loops = self._condition is not None
@@ -154,6 +158,17 @@ class CudaExecutor:
         performed = binding.returned["performed"][:count].tolist()
         return Turns(performed, [bool(each) for each in binding.returned["finished"][:count]])
 
+    def replay(self, binding: DeviceBinding, turns: int) -> None:
+        """Launch `turns` iterations over buffers that are filled and uploaded as one graph; do not wait."""
+        calls = turns * [*self._iteration(binding)]
+        self._replay(binding, f"{turns} turns", partial(_put, calls))
+
+    def loop_over(self, binding: DeviceBinding, calls: Sequence[Call | None]) -> Instance:
+        """A graph whose loop runs `calls` and the end of a turn, to see what a turn costs."""
+        graph = Graph(self.device)
+        self._looped(binding, graph, calls)
+        return graph.instantiate()
+
     def push(self, slot: int) -> None:
         """Bring a slot's state over from the host."""
         self.memory.state.push(slot)
@@ -217,8 +232,7 @@ class CudaExecutor:
                     self._run(call)
             else:
                 count = self.check_every if left >= self.check_every else 1
-                calls = count * [*self._iteration(binding)]
-                self._replay(binding, f"{count} turns", partial(_put, calls))
+                self.replay(binding, count)
             self.device.download(*binding.results)
             self.device.wait()
             left -= count
@@ -241,12 +255,15 @@ class CudaExecutor:
         self.graph_launches += 1
         binding.graphs[key].launch()
 
-    def _looped(self, binding: DeviceBinding, graph: Graph) -> None:
-        """Inputs over, iterations while none is done, counters back."""
+    def _looped(
+        self, binding: DeviceBinding, graph: Graph, calls: Sequence[Call | None] | None = None
+    ) -> None:
+        """Inputs over, iterations (or `calls`) while none is done, counters back."""
         host, place, size = binding.staging
         graph.copy(Copy(place, host, size, to_device=True))
         body, handle = graph.loop()
-        _put(self._iteration(binding), body)
+        turn = self._iteration(binding)
+        _put(turn if calls is None else [*calls, turn[-1]], body)
         assert self._condition is not None
         values = [struct.pack("<Q", handle), struct.pack("<Q", binding.loop["go"])]
         pointers, data = packed(values, ((0, 0, 8), (1, 8, 8)))

@@ -139,10 +139,16 @@ class Mirrors(Mapping[str, torch.Tensor]):
 
 
 class DeviceMemory:
-    """Everything that a loaded artifact keeps on the GPU; scratch grows and is reused."""
+    """Everything that a loaded artifact keeps on the GPU; scratch grows and is reused.
 
-    def __init__(self, artifact: Artifact, device: Device) -> None:
+    `held` are addresses of weights that are on the GPU already.
+    """
+
+    def __init__(
+        self, artifact: Artifact, device: Device, held: Mapping[str, int] | None = None
+    ) -> None:
         self.plan, self.device = artifact.plan, device
+        self._held = held or {}
         self._owned: list[int] = []
         self._places: dict[int, int] = {}
         for index, buffer in enumerate(self.plan.buffers):
@@ -192,6 +198,8 @@ class DeviceMemory:
 
     def _weight(self, artifact: Artifact, index: int) -> int:
         buffer = self.plan.buffers[index]
+        if buffer.tensor in self._held:
+            return self._held[buffer.tensor]
         entry = artifact.tensors[buffer.tensor]
         size = buffer.bytes(1, 1)
         # The plan's shape is how kernels read the bytes; the file has at least as many.

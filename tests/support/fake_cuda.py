@@ -9,7 +9,8 @@ import ctypes
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,23 @@ class FakeCuda:
     def _call(
         self, name: bytes, digest: int, grid: Any, threads: int, shared: int, params: Any
     ) -> None:
+        if self.errors:
+            return
         try:
             kernel = self.by_digest.get(digest) or self.kernels[name.decode()]
             kernel(Launched(name.decode(), (grid[0], grid[1], grid[2]), threads, shared, params))
         except BaseException as error:  # C cannot raise it
             self.errors.append(error)
+            self.set("turns", 0)  # nothing ends a loop any more
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """What a kernel raised inside is raised at the end, and comes before what followed from it."""
+        try:
+            yield
+        finally:
+            if self.errors:
+                raise self.errors[0]
 
     def digest(self, image: bytes) -> int:
         """What a module of these bytes is known by."""
