@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import spellings
 import torch
-from check import run, small_program
+from check import body, run, small_program
 from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +26,17 @@ from dcompile.pipeline import clean_up
 
 aten = torch.ops.aten
 USUAL = Sizes()
+AFTER = """
+v0: f32[1, R, 6] = v0.default(x, gate_weight)
+v1: f32[R, 6] = reshape.default(v0, [-1, 6])
+v2: (f32[R, 2], i32[R, 2]) = dcompile.route(v1, None, 2, 'softmax_chosen', 1, 1, False, 1.0)
+v3: f32[R, 2] = getitem(v2, 0)
+v4: i32[R, 2] = getitem(v2, 1)
+v5: f32[R, 12] = reshape.default(x, [-1, 12])
+v6: f32[R, 12] = dcompile.moe_ffn(v5, v3, v4, merged_0_both_gate_up, merged_0_down_down, None, None, 'silu')
+v7: f32[1, R, 12] = reshape.default(v6, [1, -1, 12])
+return (v7,)
+"""
 
 
 Parts = tuple[Program, dict[str, Tensor]]
@@ -74,7 +85,7 @@ def experts_of(program: Program, tensors: dict[str, Tensor]) -> tuple[Tensor, Te
     return seen[route.args[0]], seen[route][1]  # type: ignore[index,return-value]
 
 
-def compare(block: Mixture, rows: int = 7) -> Program:
+def compare(block: nn.Module, rows: int = 7) -> Program:
     """Fused equals unfused to rounding, and the experts and their order are the model's."""
     program, tensors = program_of(block, rows)
     assert count(program, ops.ROUTE) == 0
@@ -83,8 +94,9 @@ def compare(block: Mixture, rows: int = 7) -> Program:
     assert (count(program, ops.ROUTE), count(program, ops.MOE_FFN)) == (1, 1), program.remarks
     (got,) = run(program, tensors)
     assert_close(got, wanted.double(), 1e-5)
+    mixture = getattr(block, "mixture", block)
     with torch.no_grad():
-        _, experts = block.router(block, block.gate(tensors["x"]))
+        _, experts = mixture.router(mixture, mixture.gate(tensors["x"]))
     assert torch.equal(experts_of(program, tensors)[1].long(), experts[0])
     return program
 
@@ -116,6 +128,82 @@ def test_experts_with_biases() -> None:
     program = compare(build(spellings.sigmoid_biased, spellings.where_loop, Sizes(biases=True)))
     (node,) = program.calls(ops.MOE_FFN)
     assert all(isinstance(a, Node) for a in node.args[5:7])
+
+
+class Shared(nn.Module):
+    """A mixture and what every token passes beside it: experts, gated or not, or the input itself."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.sizes = how, USUAL
+        self.mixture = build(spellings.softmax_renormalised, spellings.index_add_loop)
+        self.shared = nn.ModuleList(spellings.One(USUAL) for _ in range(2))
+        self.opens = nn.Linear(USUAL.hidden, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mixture(x)
+        if self.how == "one":
+            return y + self.shared[0](x)
+        if self.how == "several":
+            return self.shared[0](x) + y + self.shared[1](x)
+        if self.how == "gated":
+            return y + self.opens(x).sigmoid() * self.shared[0](x)
+        return x + y
+
+
+@pytest.mark.parametrize("how", ["one", "several", "gated", "residual"])
+def test_what_stands_beside_a_mixture_stays(how: str) -> None:
+    program = compare(Shared(how))
+    kept = {"one": 4, "several": 7, "gated": 5, "residual": 1}[how]
+    assert count(program, aten.linear.default) == kept
+
+
+@pytest.mark.parametrize("start", ["shared", "residual"])
+def test_experts_are_added_to_what_was_there(start: str) -> None:
+    """The loop begins with another value than zeros."""
+
+    def spelling(m: Mixture, x: Tensor, w: Tensor, index: Tensor) -> Tensor:
+        y = m.merged[0](x) if start == "shared" else x
+        for e, expert in enumerate(m.each):
+            y = y + expert(x) * (w * (index == e)).sum(-1, keepdim=True)
+        return y
+
+    compare(build(spellings.sigmoid_biased, spelling))
+
+
+def test_the_graph_after_it() -> None:
+    text = body(compare(build(spellings.softmax_of_chosen, spellings.where_loop)))
+    assert text == AFTER.strip(), text
+
+
+def test_a_dense_network_is_left_alone() -> None:
+    """A gated FFN, with a choice beside it that weighs nothing."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes, self.ffn = USUAL, spellings.One(USUAL)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.ffn(x) + x.topk(2, -1).values.sum(-1, keepdim=True)
+
+    program, _ = program_of(Dense(), 7)
+    fuse(program)
+    assert not count(program, ops.ROUTE) and not program.remarks
+
+
+def test_scores_below_float32_are_not_ranked_again() -> None:
+    block = build(spellings.softmax, spellings.masked_loop).to(torch.bfloat16)
+    weights = {n.replace(".", "_"): p.detach() for n, p in block.named_parameters()}
+    names = [n for n, _ in block.named_parameters()]
+
+    def call(x: Tensor, *given: Tensor) -> tuple[Tensor]:
+        return (functional_call(block, dict(zip(names, given, strict=True)), (x,)),)
+
+    program = small_program(call, {"x": torch.randn(1, 7, 12).bfloat16()}, weights, rows=1)
+    fuse(program)
+    (remark,) = program.remarks
+    assert not count(program, ops.ROUTE) and "rounded to bfloat16" in remark.text
 
 
 @pytest.mark.parametrize("spelling", NEAR_MISSES, ids=lambda f: f.__name__)

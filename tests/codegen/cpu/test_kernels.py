@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from native import Library, Value
 
 from dcompile.codegen.cpu import build, pack
+from dcompile.ir.ops import SCORES
+from dcompile.ir.routing import route_limited
 from dcompile.runtime.processor import cpu_flags
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -428,15 +430,18 @@ def route_reference(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
     k: int,
-    sigmoid: int,
+    score: int,
     groups: int,
     kept: int,
     renormalize: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = logits.double().sigmoid() if sigmoid else logits.double().softmax(-1)
-    # Ties are decided on float32 scores, as the kernel has them.
-    keys = scores.float() + (0 if bias is None else bias)
+    name = SCORES[score]
+    z = logits.double()
+    scores = z.sigmoid() if name.startswith("sigmoid") else z.softmax(-1)
+    # Ties are decided on float32 values, as the kernel has them.
+    keys = (scores if name in ("softmax", "sigmoid") else z).float()
+    keys = keys + (0 if bias is None else bias)
     if groups > 1:
         grouped = keys.view(len(keys), groups, -1)
         two = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
@@ -445,19 +450,21 @@ def route_reference(
         keys = grouped.masked_fill(~mask[..., None], -math.inf).flatten(1)
     experts = keys.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     weights = scores.gather(1, experts)
+    if name == "softmax_chosen":
+        weights = z.gather(1, experts).softmax(-1)
     if renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * scale, experts.int()
 
 
 @pytest.mark.parametrize("E, k", [(1, 1), (8, 8), (32, 4), (64, 8), (37, 5), (256, 8)])
-@pytest.mark.parametrize("sigmoid", [0, 1])
+@pytest.mark.parametrize("score", range(len(SCORES)), ids=SCORES)
 @pytest.mark.parametrize("renormalize", [0, 1])
-def test_route(lib: Library, E: int, k: int, sigmoid: int, renormalize: int) -> None:
+def test_route(lib: Library, E: int, k: int, score: int, renormalize: int) -> None:
     logits, bias = guarded(torch.randn(40, E)), guarded(torch.randn(E) * 0.1)
     for b in (None, bias):
         for groups, kept in [(1, 1), (4, 2)] if E % 4 == 0 and k <= E // 2 else [(1, 1)]:
-            how = (sigmoid, groups, kept, renormalize, 2.5)
+            how = (score, groups, kept, renormalize, 2.5)
             weights, experts = run_route(lib, logits, b, k, *how)
             want_weights, want_experts = route_reference(logits, b, k, *how)
             assert torch.equal(experts, want_experts)
@@ -479,6 +486,47 @@ def test_route_breaks_ties_by_index(best: Library, rows: list[list[float]], k: i
     assert torch.equal(
         experts, logits.sort(dim=-1, descending=True, stable=True).indices[:, :k].int()
     )
+
+
+def test_logits_stay_apart_where_scores_do_not(lib: Library) -> None:
+    """Softmax rounds all but the best to 0, sigmoid all to 1: only the logits know the order."""
+    logits = torch.tensor([[200.0, 30.0, 40.0, 50.0, 41.0]])
+    for score, order in [
+        (0, [0, 1, 2]),
+        (1, [0, 1, 2]),
+        (2, [0, 3, 4]),
+        (3, [0, 3, 4]),
+        (4, [0, 3, 4]),
+    ]:
+        assert run_route(lib, logits, None, 3, score, 1, 1, 0, 1.0)[1].tolist() == [order]
+
+
+@pytest.mark.parametrize(
+    "E, k, groups, capacity, reroute, pool",
+    [(8, 2, 1, 1.0, 0, 0), (13, 3, 1, 1.5, 1, 0), (16, 2, 4, 0.0, 0, 5), (37, 5, 1, 0.7, 1, 9)],
+)
+@pytest.mark.parametrize("score", range(len(SCORES)), ids=SCORES)
+def test_route_limited(
+    lib: Library, E: int, k: int, groups: int, capacity: float, reroute: int, pool: int, score: int
+) -> None:
+    """The same experts as the reference, and its weights to rounding; rows in any order."""
+    seq = torch.tensor([2] * 9 + [0] * 5 + [1] * 17)[torch.randperm(31)]
+    pos = torch.randint(0, 40, (31,))
+    blocks = torch.tensor([0, 2]), torch.tensor([[3, 4, 5], [9, 10, 11]])
+    logits, bias = guarded(torch.randn(31, E).mul(2).round()), guarded(torch.randn(E) * 0.1)
+    logits[3, 1], logits[4] = math.nan, math.nan
+    for b in (None, bias):
+        kept = min(groups, 2)
+        how = (SCORES[score], groups, kept, True, 2.5, capacity, bool(reroute), pool)
+        wanted = route_limited(logits, b, seq, pos, *blocks, k, *how)
+        weights, experts = Out(31, k, dtype=torch.float32), Out(31, k, dtype=torch.int32)
+        out = weights.tensor, experts.tensor
+        numbers = (31, 2, E, k, score, groups, kept, 1, 2.5, capacity, reroute, pool, 3)
+        lib.call("route_limited", *out, logits, b, seq, pos, *blocks, *numbers)
+        assert torch.equal(experts.check(), wanted[1])
+        good = wanted[0].isfinite()
+        assert torch.equal(good, weights.check().isfinite())
+        assert_close(weights.check()[good], wanted[0][good].double(), 1e-6)
 
 
 @pytest.mark.parametrize("sigmoid", [0, 1])
