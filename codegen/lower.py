@@ -96,6 +96,8 @@ def cut_regions(launches: list[Launch]) -> list[dict[str, Any]]:
 def _launch(program: Program, launch: Launch, buffers: Buffers) -> dict[str, Any]:
     found = facts(launch.node)
     role = found.role or launch.kernel.rpartition("_")[0] or launch.kernel
+    if launch.variant is not None:
+        role = found.role or launch.variant.kernel.rpartition(":")[2]
     text: dict[str, Any] = {
         "name": f"{found.origin or 'step'}.{launch.kernel}",
         "kernel": launch.kernel,

@@ -18,9 +18,9 @@ from rich.text import Text
 from dcompile.backends import Code
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.ir.program import Program
+from dcompile.kernel_table import kernel_table
 from dcompile.options import Options
 from dcompile.pipeline import Record, run
-from dcompile.profile.sources import source_of
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.caches import cache_policy
 
@@ -88,20 +88,6 @@ def _sites(stages: list[str], pass_name: str) -> list[int]:
             remedy=f"one of {', '.join(dict.fromkeys(_pass_of(s) for s in stages[1:]))}",
         )
     return sites
-
-
-def kernel_table(artifact: Artifact) -> str:
-    """Each kernel with its launches, the roles that it plays, and where its source is."""
-    grouped: dict[str, list[Mapping[str, Any]]] = {}
-    for launch in artifact.plan.text["launches"]:
-        grouped.setdefault(launch["kernel"], []).append(launch)
-    lines = [f"{'kernel':32}{'launches':>9}  {'source':32}roles"]
-    for kernel, launches in sorted(grouped.items(), key=lambda item: -len(item[1])):
-        roles = ", ".join(dict.fromkeys(launch.get("role") or kernel for launch in launches))
-        source = source_of(artifact, kernel)
-        file = source.file if source is not None else "torch"
-        lines.append(f"{kernel:32}{len(launches):9}  {file:32}{roles}")
-    return "\n".join(lines) + "\n"
 
 
 def remarks(path: str | Path, kind: str, pass_name: str | None = None) -> str:

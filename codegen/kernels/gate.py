@@ -49,14 +49,19 @@ def problems(compiled: Compiled) -> Iterator[str]:
 
 
 def check(compiled: Sequence[Compiled]) -> None:
-    """Raise BuildError for the first binary that the gate refuses."""
-    for one in compiled:
-        for problem in problems(one):
-            raise BuildError(
-                f"the kernel {one.variant.name} is refused for sm_{one.arch}: {problem}",
-                where=one.variant.kernel,
-                remedy="choose other tiles for it (codegen/kernels/configurations.py)",
-            )
+    """Raise BuildError with every binary that the gate refuses, and why."""
+    wrong = [
+        f"{one.variant.name} for sm_{one.arch}: {problem}"
+        for one in compiled
+        for problem in problems(one)
+    ]
+    if wrong:
+        several = f"{len(wrong)} kernels are refused" if len(wrong) > 1 else "a kernel is refused"
+        raise BuildError(
+            f"{several}: {'; '.join(wrong)}",
+            where="the gate on compiled kernels (codegen/kernels/gate.py)",
+            remedy="choose other tiles (codegen/kernels/configurations.py), or --target cpu",
+        )
 
 
 def _is_half(compiled: Compiled) -> bool:
