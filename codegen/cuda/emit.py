@@ -166,7 +166,7 @@ class _Emitter:
         self.inside = set(nodes)
         self.lines: list[str] = []
         self.buffers: dict[Node, str] = {}
-        self.held: dict[Node, tuple[str, int]] = {}  # name of the tile, number of its axes
+        self.held: dict[Node, str] = {}  # the name of its tile
         self.domains: dict[tuple[int, ...], Domain] = {}
         self.loaded: dict[str, str] = {}  # of other kernels' values: what was loaded -> its name
         self.behind: set[Node] = set()  # in memory, but not yet behind a barrier
@@ -255,14 +255,16 @@ class _Emitter:
             # In memory the places are the same.
             return self._from_memory(base(node), linear(index, self.shape(node)), domain, mask)
         if node in self.held:
-            name, rank = self.held[node]
+            name = self.held[node]
             shape = self.shape(node)
             lead = self.lead(shape)
             if lead is not None and index[lead] != ROW:
                 raise Split(self.current)
             own = [i for d, i in enumerate(index) if d != lead and shape[d] != 1]
             axes = axis_numbers(own, domain)
-            if axes is not None and len(axes) == rank and (rank == 0 or not domain.looped):
+            run = len(domain.names) - 1 if domain.looped else None
+            sizes = None if axes is None or run in axes else tuple(domain.sizes[a] for a in axes)
+            if sizes == self.inner(node):
                 text = register(name, axes, len(domain.names))
                 return Text(text, kind_of(value(node).dtype), frozenset(axes))
         if node in self.inside and node.target in MOVES and node not in self.stored:
@@ -425,7 +427,7 @@ class _Emitter:
         """Keep a tile in registers, and in memory too where it is read there."""
         name = f"v{len(self.held)}"
         self.lines.append(f"{name} = {text}")
-        self.held[node] = (name, len(domain.names))
+        self.held[node] = name
         if node in self.kept:
             index = self.index(self.shape(node), domain)
             self.store(node, self.stored_text(node, name), index, domain.mask)

@@ -40,21 +40,19 @@ def lower(program: Program, architectures: Sequence[int]) -> CudaLowered:
     plan, printed = schedule(program, arch)
     variants = name_variants(plan.launches)
     text, buffers = bind(program, plan)
-    (step,) = advance.launches(sequences={"B": 1}, most=program.shape.slots).steps
-    text["loop"] = {
-        "kernel": step.variant.name,
-        "grid": list(step.variant.grid),
-        "args": [
-            {"i": b.value} if isinstance(b, Number) else _of_loop(text, b.name)  # type: ignore[union-attr]
-            for b in step.bindings
-        ],
-    }
+    if "done" in text["outputs"]:
+        (step,) = advance.launches(sequences={"B": 1}, most=program.shape.slots).steps
+        text["loop"] = {
+            "kernel": step.variant.name,
+            "grid": list(step.variant.grid),
+            "args": [
+                {"i": b.value} if isinstance(b, Number) else _of_loop(text, b.name)
+                for b in step.bindings
+            ],
+        }
+        variants.append(step.variant)
     return CudaLowered(
-        text,
-        stored_of(buffers),
-        plan.launches,
-        (*variants, step.variant),
-        module_text(printed),
+        text, stored_of(buffers), plan.launches, tuple(variants), module_text(printed)
     )
 
 

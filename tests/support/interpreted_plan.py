@@ -19,9 +19,10 @@ import interpreter  # first of all: it makes this process interpret
 import numpy as np
 import torch
 
+from dcompile.codegen.cuda.lower import CudaLowered
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.loop import Runner
-from dcompile.runtime.plan import Launch
+from dcompile.runtime.plan import Launch, Plan
 from dcompile.runtime.state import Binding, Memory
 from dcompile.runtime.turns import Bools, Turns, repeat
 from dcompile.runtime.weights import DTYPES
@@ -34,25 +35,36 @@ class InterpretedExecutor:
 
     threads, check_every = 1, 1
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.plan = artifact.plan
-        self.kernels = json.loads(artifact.text("kernels.json"))["kernels"]
+    def __init__(self, plan: Plan, kernels: Mapping[str, Any], emitted: str) -> None:
+        self.plan, self.kernels = plan, kernels
         self._folder = tempfile.TemporaryDirectory()
         self._modules: dict[str, ModuleType] = {}
-        if "kernels/source/emitted.py" in artifact.names:
+        if emitted:
             # A real file: the interpreter reads a kernel's source where it was defined.
             path = Path(self._folder.name, "emitted.py")
-            path.write_text(artifact.text("kernels/source/emitted.py"))
+            path.write_text(emitted)
             self._modules["emitted"] = _module("emitted", path)
-        self.memory = Memory(artifact)
+        self.memory: Memory | None = None
         self.launched = 0
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> InterpretedExecutor:
+        kernels = json.loads(artifact.text("kernels.json"))["kernels"]
+        printed = "kernels/source/emitted.py"
+        emitted = artifact.text(printed) if printed in artifact.names else ""
+        out = cls(artifact.plan, kernels, emitted)
+        out.memory = Memory(artifact)
+        return out
 
     @property
     def state(self) -> Mapping[str, torch.Tensor]:
         return self.memory.state
 
     def bind(self, R: int, B: int) -> Binding:
-        binding = self.memory.bind(R, B)
+        return self.with_tickets(self.memory.bind(R, B))
+
+    def with_tickets(self, binding: Binding) -> Binding:
+        R, B = binding.R, binding.B
         for index, buffer in enumerate(self.plan.buffers):
             if buffer.kind == "zeroed" and index not in binding.tensors:
                 shape = buffer.extent(R, B)
@@ -125,6 +137,32 @@ class InterpretedExecutor:
         self.memory.state[name][slot].zero_()
 
 
+def run_lowered(
+    lowered: CudaLowered, tensors: Mapping[str, torch.Tensor], R: int, B: int = 1
+) -> dict[str, torch.Tensor]:
+    """The outputs of a plan over tensors by its inputs' and weights' names; states change in place."""
+    plan = Plan.read(json.loads(json.dumps(lowered.plan)), "test")
+    kernels = {v.name: v.to_json() for v in lowered.variants}
+    executor = InterpretedExecutor(plan, kernels, lowered.emitted)
+    names = {tensor: name for tensor, name, _ in lowered.stored}
+    fixed = {}
+    for index, buffer in enumerate(plan.buffers):
+        if buffer.kind in ("weight", "state", "input"):
+            given = tensors[names.get(buffer.tensor, buffer.name)]
+            assert given.dtype == DTYPES[buffer.dtype] and given.is_contiguous()
+            fixed[index] = given.reshape(buffer.extent(R, B))
+    offsets, end = [], 0
+    for slot in range(plan.slots):
+        sizes = [b.bytes(R, B) for b in plan.buffers if b.kind == "slot" and b.slot == slot]
+        offsets.append(end)
+        end += -(-max(sizes, default=0) // 64) * 64
+    arena = torch.empty(end + 64, dtype=torch.uint8)
+    arena = arena[-arena.data_ptr() % 64 :]
+    binding = Binding(plan, R, B, arena, offsets, fixed, {}, {})
+    executor.launch(executor.with_tickets(binding))
+    return binding.outputs
+
+
 def _module(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{name}_{abs(hash(path))}", path)
     assert spec is not None and spec.loader is not None
@@ -137,4 +175,4 @@ def _module(name: str, path: Path) -> ModuleType:
 def open_interpreted(path: Path) -> Runner:
     """A runner over an artifact for CUDA, on this machine's CPU."""
     artifact = open_artifact(path)
-    return Runner(artifact, InterpretedExecutor(artifact))
+    return Runner(artifact, InterpretedExecutor.of(artifact))
