@@ -97,6 +97,14 @@ def _fix_arithmetic() -> None:
         return down(out) if is_bf16(acc) else out
 
     Builder.create_dot = create_dot
+    old_splat = Builder.create_splat
+
+    def create_splat(self: Any, kind: Any, x: Any) -> Any:
+        # A comparison's handle says the dtype of what was compared.
+        out = old_splat(self, kind, x)
+        return Handle(out.data != 0, tl.int1) if x.data.dtype == np.bool_ else out
+
+    Builder.create_splat = create_splat
     old_sum = tri.ReduceOps.sum
 
     def reduce_sum(self: Any, input: Any) -> Any:
