@@ -34,7 +34,6 @@ from dcompile.ir.weights import Stack
 aten = torch.ops.aten
 RESHAPE, CAST = aten.reshape.default, aten._to_copy.default
 FLOATS = ("f32", "bf16", "f16")
-SCORES = ("softmax", "sigmoid")
 EMITTED = "emitted"  # the module of what is printed for one plan
 CONTEXT_ROWS = 32  # of one sequence that usually run together, where blocks are not longer
 
@@ -325,8 +324,10 @@ def _attend(f: Families, node: Node) -> Site | None:
 
 def _route(f: Families, node: Node) -> Site | None:
     logits, bias, top_k, score, groups, kept, renormalize, scale = node.args
-    if score not in SCORES:
-        raise f.refuse(node, f"the router's score is {score!r}, kernels have {', '.join(SCORES)}")
+    if score not in route.SCORES:
+        raise f.refuse(
+            node, f"the router's score is {score!r}, kernels have {', '.join(route.SCORES)}"
+        )
     weights, experts = all_outputs(f.program, node, 2)
     how = {
         **{"rows": f.rows(logits), "num_experts": int(value(logits).shape[-1]), "top_k": top_k},

@@ -1,7 +1,9 @@
 """Which experts a row goes to, and with what weights: every router of the families in one kernel.
 
-s = softmax(z) over all experts, or sigmoid(z).  Experts are chosen by c = s + bias, best first, the
-lowest index on a tie, NaN last; with groups (DeepSeek-V3, arXiv 2412.19437) only from the best
+s = softmax(z) over all experts, or sigmoid(z).  Experts are chosen by c = s + bias, or by z + bias where
+the score's name ends so (scores round to one value where logits do not), best first, the lowest
+index on a tie, NaN last; `softmax_chosen` is a softmax of z over the chosen ones only;
+with groups (DeepSeek-V3, arXiv 2412.19437) only from the best
 `kept` groups, a group's score being the sum of its two best c.  Weights are s of the chosen, divided
 by their sum + 1e-20 where renormalised, times `scale`.
 
@@ -40,6 +42,8 @@ def choose(
     TOP: tl.constexpr,
     TP: tl.constexpr,
     SIGMOID: tl.constexpr,
+    BY_LOGITS: tl.constexpr,
+    OF_CHOSEN: tl.constexpr,
     GROUPS: tl.constexpr,
     KEPT: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -55,7 +59,7 @@ def choose(
         top = tl.max(tl.where(real, z, float("-inf")), 1)
         raised = tl.where(real, tl.exp(z - top[:, None]), 0.0)
         s = raised / tl.sum(raised, 1)[:, None]
-    by = s
+    by = z if BY_LOGITS else s
     if bias is not None:
         by = by + tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
     by = tl.where(real & (by == by), by, float("-inf"))
@@ -69,10 +73,14 @@ def choose(
         best = tl.max(tl.where(left, by, float("-inf")), 1)
         first = tl.min(tl.where(left & (by == best[:, None]), e[None, :], EP), 1)
         mine = e[None, :] == first[:, None]
-        weight = tl.sum(tl.where(mine, s, 0.0), 1)
+        weight = tl.sum(tl.where(mine, z if OF_CHOSEN else s, 0.0), 1)
         found = tl.where(t[None, :] == rank, weight[:, None], found)
         index = tl.where(t[None, :] == rank, first[:, None], index)
         left = left & (e[None, :] != first[:, None])
+    if OF_CHOSEN:
+        taken = tl.where((t < TOP)[None, :], found, float("-inf"))
+        lifted = tl.exp(taken - tl.max(taken, 1)[:, None])
+        found = lifted / tl.sum(lifted, 1)[:, None]
     if RENORMALIZE:
         found = found / (tl.sum(found, 1) + 1e-20)[:, None]
     here = live[:, None] & (t < TOP)[None, :]
@@ -126,6 +134,8 @@ def route(
     TOP: tl.constexpr,
     TP: tl.constexpr,
     SIGMOID: tl.constexpr,
+    BY_LOGITS: tl.constexpr,
+    OF_CHOSEN: tl.constexpr,
     GROUPS: tl.constexpr,
     KEPT: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -150,6 +160,8 @@ def route(
         TOP,
         TP,
         SIGMOID,
+        BY_LOGITS,
+        OF_CHOSEN,
         GROUPS,
         KEPT,
         RENORMALIZE,
@@ -177,6 +189,8 @@ def route_product(
     TOP: tl.constexpr,
     TP: tl.constexpr,
     SIGMOID: tl.constexpr,
+    BY_LOGITS: tl.constexpr,
+    OF_CHOSEN: tl.constexpr,
     GROUPS: tl.constexpr,
     KEPT: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -214,12 +228,17 @@ def route_product(
             TOP,
             TP,
             SIGMOID,
+            BY_LOGITS,
+            OF_CHOSEN,
             GROUPS,
             KEPT,
             RENORMALIZE,
             SCALE,
             BM,
         )
+
+
+SCORES = ("softmax", "sigmoid", "softmax_by_logits", "sigmoid_by_logits", "softmax_chosen")
 
 
 def _constants(
@@ -231,12 +250,13 @@ def _constants(
     renormalize: bool,
     scale: float,
 ) -> dict[str, ConstantValue]:
-    if score not in ("softmax", "sigmoid"):
-        raise ValueError(f"there is no CUDA kernel for routing by {score}")
+    assert score in SCORES, score
     grouped = groups > 1
     return {
         **{"E": num_experts, "EP": power_of_two(num_experts, 16), "TOP": top_k},
-        **{"TP": power_of_two(top_k), "SIGMOID": score == "sigmoid"},
+        **{"TP": power_of_two(top_k), "SIGMOID": score.startswith("sigmoid")},
+        **{"BY_LOGITS": score not in ("softmax", "sigmoid")},
+        "OF_CHOSEN": score == "softmax_chosen",
         **{"GROUPS": groups if grouped else 1, "KEPT": kept_groups if grouped else 1},
         **{"RENORMALIZE": renormalize, "SCALE": scale},
     }
@@ -244,6 +264,8 @@ def _constants(
 
 def _name(constants: dict[str, ConstantValue], biased: bool) -> str:
     score = "sigmoid" if constants["SIGMOID"] else "softmax"
+    if constants["BY_LOGITS"]:
+        score += "_chosen" if constants["OF_CHOSEN"] else "_by_logits"
     grouped = f"_g{constants['GROUPS']}of{constants['KEPT']}" if constants["GROUPS"] != 1 else ""
     parts = f"{'_renorm' if constants['RENORMALIZE'] else ''}{'_bias' if biased else ''}"
     return f"{score}{grouped}{parts}_e{constants['E']}k{constants['TOP']}"

@@ -19,6 +19,9 @@ ROUTERS = {
         **{"num_experts": 12, "top_k": 4, "score": "sigmoid", "groups": 4, "kept_groups": 2},
         **{"renormalize": True, "scale": 2.5},
     },
+    "mixtral": {"num_experts": 9, "top_k": 2, "score": "softmax_chosen"},
+    "by_logits": {"num_experts": 8, "top_k": 3, "score": "softmax_by_logits", "renormalize": True},
+    "sigmoid_by_logits": {"num_experts": 8, "top_k": 3, "score": "sigmoid_by_logits"},
     "lonely_groups": {"num_experts": 5, "top_k": 2, "groups": 5, "kept_groups": 3},
 }
 
@@ -91,3 +94,20 @@ def test_product_and_route_in_one_launch(t: str, name: str) -> None:
     want, chosen = reference(torch.nn.functional.linear(x, w, b), bias, router)
     assert torch.equal(experts, chosen)
     assert torch.allclose(weights, want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_product_in_wider_weights_than_rows() -> None:
+    """Routers that widen their rows: the cast is part of the product."""
+    router, R, K = ROUTERS["llada2"], 5, 40
+    E = router["num_experts"]
+    x, w = torch.randn(R, K).bfloat16(), torch.randn(E, K)
+    weights = poisoned(R, router["top_k"], dtype=torch.float32)
+    experts = poisoned(R, router["top_k"], dtype=torch.int32)
+    lowering = route.product_launches(
+        **{"rows": {"R": 1}, "hidden": K, "dtype": "bf16", "w_dtype": "f32"},
+        **{"tiles": Tiles(16, 0, 32, splits=2, stages=1), **router},
+    )
+    run(lowering, {"weights": weights, "experts": experts, "x": x, "w": w}, R=R)
+    want, chosen = reference((x.double() @ w.double().T).float(), None, router)
+    assert torch.equal(experts, chosen)
+    assert torch.allclose(weights, want, rtol=1e-5, atol=1e-6)

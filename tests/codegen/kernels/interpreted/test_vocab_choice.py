@@ -18,6 +18,7 @@ from dcompile.ir import ops
 
 assert interpreter
 RESULTS = ("token", "confidence", "margin", "entropy")
+TOLD = ("choice_score", "probability", "score")
 
 
 @triton.jit
@@ -118,3 +119,29 @@ def test_where_only_the_mask_is_possible_the_first_other_id_stands_in() -> None:
     for temperature in (0.0, 1.0):
         given["temperature"][:] = temperature
         check(choose("f32", given, 0, 2), reference(given, 0))
+
+
+@pytest.mark.parametrize("t", ["f32", "bf16"])
+@pytest.mark.parametrize("S", [1, 5])
+def test_what_is_told_of_tokens_asked_about(t: str, S: int) -> None:
+    B, n, V, mask = 2, 3, 70, 69
+    given = inputs(t, B, n, 33, V, whole=True)
+    given["temperature"] = torch.tensor([0.0, 0.8])
+    given["asked"] = torch.randint(V, (B, n, S))
+    given["asked"][0, 0, 0] = mask
+    got = {name: poisoned(B, n, dtype=torch.float32) for name in (*RESULTS, "choice_score")}
+    got |= {name: poisoned(B, n, S, dtype=torch.float32) for name in TOLD[1:]}
+    got["token"] = poisoned(B, n, dtype=torch.int64)
+    lowering = vocab_choice.launches(
+        **{"sequences": {"B": 1}, "length": n, "hidden": 33, "vocab": V, "asked": S},
+        **{"mask_id": mask, "dtype": t, "arch": 90},
+        tiles=Tiles(16, 32, 32, splits=2, stages=1),
+    )
+    run(lowering, {**got, **given}, B=B)
+    logits = torch.nn.functional.linear(given["x"].double(), given["w"].double())
+    names = ("live", "temperature", "seed", "tick", "pos", "asked")
+    made = ops.choose_asked(logits.to(TYPES[t]), *(given[n] for n in names), mask)
+    want = dict(zip((*RESULTS, *TOLD), made, strict=True))
+    check(got, want)
+    for name in TOLD:
+        assert torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-5), name
