@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dcompile.errors import OptionError
 from dcompile.floor import LaunchCost, Machine, measure, step_cost, touched_experts
-from dcompile.options import Options
+from dcompile.options import Options, recorded_options
 from dcompile.runtime.backend import Backend
 from dcompile.runtime.loop import Runner
 
@@ -186,6 +186,9 @@ def bench(
     options, model = manifest["options"], manifest["model"]
     block = options["block_length"]
     context = min(context or options["max_length"], options["max_length"])
+    if context < block:
+        what = f"a context of {context} has no block of {block} positions in it"
+        raise OptionError(what, remedy=f"--context {block}, or more")
     threads = runner.executor.threads
     torch.set_num_threads(threads)
     parameters = manifest["policy"]["parameters"]
@@ -195,7 +198,9 @@ def bench(
     canvases = [runner.executor.state["canvas"]]
     for name in against:
         assert checkpoint is not None
-        contestants[name], canvas = _rival(name, checkpoint, Options(**_options(options)))
+        contestants[name], canvas = _rival(
+            name, checkpoint, recorded_options(options, str(artifact))
+        )
         rows = context if name == "full" else block
         inputs[name] = step_inputs(list(ours), context, block, rows, parameters)
         canvases.append(canvas)
@@ -255,14 +260,6 @@ def _parts(
             part[i] += value
     parts = [Part(kernel, int(n), ms, floor) for kernel, (n, ms, floor) in sums.items()]
     return sorted(parts, key=lambda p: -p.median)
-
-
-def _options(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    known = dict(recorded)
-    known["target"] = "auto"
-    if known.get("eos_ids") is not None:
-        known["eos_ids"] = tuple(known["eos_ids"])
-    return known
 
 
 def _rival(name: str, checkpoint: Path, options: Options) -> tuple[Step, Tensor]:

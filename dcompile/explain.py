@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,13 @@ from rich.text import Text
 
 from dcompile.backends import Code
 from dcompile.errors import ArtifactError, OptionError
-from dcompile.ir.program import Program
+from dcompile.ir.program import Program, Remark
 from dcompile.kernel_table import kernel_table
-from dcompile.options import Options
+from dcompile.options import Options, recorded_options
 from dcompile.pipeline import Record, run
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.caches import cache_policy
+from dcompile.untrusted import parse_json
 
 REMARKS = ("missed", "passed", "all")
 REMARKS_FILE = "remarks.json"
@@ -99,19 +98,25 @@ def remarks(path: str | Path, kind: str, pass_name: str | None = None) -> str:
     artifact = open_artifact(Path(path), verify=False)
     shown = [
         r
-        for r in _notes(artifact)["remarks"]
-        if kind in ("all", r["kind"]) and pass_name in (None, r["pass_name"])
+        for r in _notes(artifact)[0]
+        if kind in ("all", r.kind) and pass_name in (None, r.pass_name)
     ]
-    lines = [f"{r['where']}: {r['kind']} {r['pass_name']}: {r['text']}" for r in shown]
+    lines = [f"{r.where}: {r.kind} {r.pass_name}: {r.text}" for r in shown]
     return "\n".join(lines or [f"no {'' if kind == 'all' else kind + ' '}remarks"]) + "\n"
 
 
-def _notes(artifact: Artifact) -> dict[str, Any]:
+def _notes(artifact: Artifact) -> tuple[list[Remark], list[str]]:
+    """The remarks of the passes, and the options that the compile never read."""
     if REMARKS_FILE not in artifact.names:
         remedy = "compile the model again"
         raise ArtifactError("it holds no remarks", where=str(artifact.path), remedy=remedy)
-    notes: dict[str, Any] = json.loads(artifact.text(REMARKS_FILE))
-    return notes
+    try:
+        notes = parse_json(artifact.bytes(REMARKS_FILE))
+        return [Remark(**item) for item in notes["remarks"]], [str(n) for n in notes["unread"]]
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"its remarks cannot be read: {error}"
+        remedy = "compile the model again"
+        raise ArtifactError(what, where=str(artifact.path), remedy=remedy) from error
 
 
 def _unread(artifact: Artifact) -> str:
@@ -120,12 +125,12 @@ def _unread(artifact: Artifact) -> str:
         return ""
     options = _Watched(artifact.manifest["options"])
     cache_policy(options, artifact.manifest["model"]["block_length"])
-    unread = [n for n in _notes(artifact)["unread"] if n not in {*options.reads, *READ_AT_LOAD}]
+    unread = [n for n in _notes(artifact)[1] if n not in {*options.reads, *READ_AT_LOAD}]
     default = Options()
     told = [
         f"{name} = {options[name]}" + (", given in vain" if _given(name, options, default) else "")
         for name in unread
-        if name in options
+        if name in options and name in vars(default)
     ]
     return "options that nobody read\n" + "".join(f"  {line}\n" for line in told or ["none"])
 
@@ -163,10 +168,7 @@ def pass_times(path: str | Path, checkpoint: Path) -> str:
     from dcompile.driver import open_origin, settle, trace_origin
 
     recorded = open_artifact(Path(path), verify=False).manifest["options"]
-    names = {f.name for f in fields(Options)}
-    known = {key: value for key, value in recorded.items() if key in names}
-    eos = known.get("eos_ids")
-    given = Options(**{**known, "target": "auto", "eos_ids": tuple(eos) if eos else None})
+    given = recorded_options(recorded, str(path))
     origin = open_origin(checkpoint, given)
     options = settle(given, origin.spec)
     start = time.perf_counter()

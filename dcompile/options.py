@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from dcompile.codegen.targets import parse_target
-from dcompile.errors import OptionError
+from dcompile.errors import ArtifactError, OptionError
 
 CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
 MANAGERS = ("blockwise", "canvas", "pipelined")
@@ -104,6 +105,33 @@ class Options:
     def changed(self, **changes: object) -> Self:
         """A copy with other values."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def recorded_options(recorded: Mapping[str, Any], where: str) -> Options:
+    """The options that an artifact was compiled with, as its manifest records them.
+
+    Raises ArtifactError where a value is of another kind; names of other versions are left out.
+    """
+    known = {f.name: recorded[f.name] for f in fields(Options) if f.name in recorded}
+    for name in ("eos_ids", "skip"):
+        if isinstance(known.get(name), list):
+            known[name] = tuple(known[name])
+    known["target"] = "auto"
+    for name, kind in get_type_hints(Options).items():
+        if name in known and not _is_of(known[name], kind):
+            what = f"the artifact's option {name} is {known[name]!r:.80}, which is no {kind}"
+            raise ArtifactError(what, where=where, remedy="compile the model again")
+    return Options(**known)
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of a field's type: a plain type, a tuple of one, or a union of such."""
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, parts[0]) for item in value)
+    if parts:
+        return any(_is_of(value, part) for part in parts)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 _NAMES = frozenset(f.name for f in fields(Options))

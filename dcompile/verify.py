@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,20 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from dcompile.bench import _options
 from dcompile.codegen.launches import Launch, Value
 from dcompile.codegen.lower import Lowered, lower, stored_tensors
 from dcompile.driver import Origin, Progress, manifest_facts, open_origin, settle, trace_origin
 from dcompile.errors import VerificationError
 from dcompile.ir.program import Program
-from dcompile.options import Options
+from dcompile.ir.stored import dump
+from dcompile.options import Options, recorded_options
 from dcompile.pipeline import run
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.backend import Backend
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.state import Binding
 from dcompile.stages import TOLERANCE, Case, Recorded, Stages, cases, distance
+from dcompile.untrusted import parse_json
 
+PROGRAM = "program.json"
 _AGAIN = "compile the checkpoint again with this version"
 _REPORT = "report it, with the artifact's report.txt"
 LAUNCH_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 4e-3}
@@ -80,7 +83,8 @@ def compile_again(
     progress: Progress = lambda _: None,
 ) -> Compiled:
     """Compile with an artifact's recorded options; raises VerificationError at a pass that departs."""
-    options = Options(**_options(recorded))
+    options = recorded_options(recorded, "manifest.json")
+    options.validate()
     origin = open_origin(checkpoint, options)
     settled = replace(settle(options, origin.spec), stop_after=None)
     dtype = getattr(torch, settled.dtype)
@@ -169,6 +173,29 @@ def compare_plan(artifact: Artifact, made: Compiled) -> None:
         if held != values and not _calibrated(part, held, values):
             what = f"the manifest's {part} is not what the checkpoint and options give"
             raise VerificationError(what, where=str(artifact.path), remedy=_AGAIN)
+
+    _compare_files(artifact, made)
+
+
+def _compare_files(artifact: Artifact, made: Compiled) -> None:
+    """The tokenizer's files, and the program as data, where the artifact has it."""
+    wanted = {f"tokenizer/{name}": data for name, data in made.origin.tokenizer.items()}
+    held = {name for name in artifact.names if name.startswith("tokenizer/")}
+    odd = sorted(held ^ set(wanted))
+    odd += [name for name in sorted(held & set(wanted)) if artifact.bytes(name) != wanted[name]]
+    if odd:
+        what = "a file of the tokenizer is not the checkpoint's"
+        raise VerificationError(what, where=odd[0], remedy=_AGAIN)
+    if PROGRAM not in artifact.names:
+        return
+    program = json.loads(json.dumps(dump(made.program, made.lowered.stored)))
+    try:
+        same = parse_json(artifact.bytes(PROGRAM)) == program
+    except ValueError:
+        same = False
+    if not same:
+        what = "the stored program is not what this compiler makes"
+        raise VerificationError(what, where=PROGRAM, remedy=_AGAIN)
 
 
 def _calibrated(part: str, held: Any, values: Mapping[str, Any]) -> bool:

@@ -100,6 +100,8 @@ def _slice_of(node: Node | None) -> tuple[Node, int] | None:
 
 def _head(node: object) -> Head | None:
     """Match  [cast] (x cos + rotate_half(x) sin) [cast] [++ rest of x]  of  [norm]  of a slice."""
+    assert isinstance(node, Node)
+    size = int(value(node).shape[-1])
     node = through(node, VIEW, aten.permute.default)
     if node is None:
         return None
@@ -112,7 +114,8 @@ def _head(node: object) -> Head | None:
     if x is not None and x.target is aten.rms_norm.default:
         shape, weight, eps = x.args[1], *x.args[2:4]  # type: ignore[assignment]
         norm = weight if isinstance(weight, Node) else None
-        if len(shape) != 1 or norm is None or eps is None:  # type: ignore[arg-type]
+        # A norm over all heads together, as in OLMo 2, is another.
+        if shape != [size] or norm is None or eps is None:
             return None
         x = through(x.args[0], VIEW)
     part = _slice_of(x)
