@@ -44,6 +44,9 @@ def _merge(program: Program, parts: list[Node], name: str) -> int:
     weights, biases = operands
     if any(b is None for b in biases) != all(b is None for b in biases):
         return _leave(program, parts[0], "some of the products have a bias and some have none")
+    held = [o for o in (*weights, *biases) if isinstance(o, Node)]
+    if any(o.name not in program.recipes for o in held):
+        return _leave(program, parts[0], "a weight is computed, or is part of another")
     first = min(parts, key=program.nodes().index)
     layer = facts(first).layer
     stem = f"layers_{layer}_{name}" if layer is not None else f"{first.name}_{name}"
