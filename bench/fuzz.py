@@ -1,7 +1,7 @@
 """Fuzz the compiler and what it reads: random programs, damaged files, random command lines.
 
     python bench/fuzz.py programs|damage|commands [--seed N] [--count N] [--seconds S] [--native N]
-    python bench/fuzz.py --replay FILE
+    python bench/fuzz.py --replay FILE...
 
 Without --seed a new one is drawn and printed; case i of seed s is always the same. A failure is shrunk and
 written to --failures (default fuzz-failures/) as a file that --replay runs again.
@@ -109,7 +109,7 @@ def _seeds(seed: int, count: int) -> Iterator[int]:
 
 def _store(subject: Subject, case: Case, outcome: Outcome, folder: Path) -> dict[str, Any]:
     """Shrink while the failure stays of its kind, and write what is left."""
-    shrunk, left = True, 60
+    shrunk, left = True, 24
     while shrunk and left > 0:
         shrunk = False
         for less in subject.simpler(case):
@@ -128,9 +128,20 @@ def _store(subject: Subject, case: Case, outcome: Outcome, folder: Path) -> dict
     return {"file": path.name, "kind": outcome.kind, "detail": outcome.detail[:300]}
 
 
-def replay(path: Path) -> Outcome:
-    held = json.loads(path.read_text())
-    return subjects()[held["subject"]]().run(held["case"])
+def replay(paths: list[Path]) -> int:
+    """Run stored cases again; how many still fail."""
+    made: dict[str, Subject] = {}
+    failing = 0
+    for path in paths:
+        held = json.loads(path.read_text())
+        name = held["subject"]
+        if name not in made:
+            made[name] = subjects()[name]()
+        outcome = made[name].run(held["case"])
+        failing += outcome.bad
+        print(f"{path.name}: {outcome.kind}: {outcome.detail}", flush=True)
+    print(json.dumps({"replayed": len(paths), "failing": failing}, indent=1))
+    return failing
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,13 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"))
-    parser.add_argument("--replay", type=Path)
+    parser.add_argument("--replay", type=Path, nargs="+")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.replay:
-        outcome = replay(given.replay)
-        print(f"{outcome.kind}: {outcome.detail}")
-        return int(outcome.bad)
+        return int(bool(replay(given.replay)))
     if given.subject is None:
         parser.error("name what to fuzz, or --replay FILE")
     seed = given.seed if given.seed is not None else int.from_bytes(os.urandom(4), "little")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch.fx import Node
@@ -11,6 +12,7 @@ from dcompile.ir import ops
 from dcompile.ir.edit import add_constant, bypass, insert, item, through, value
 from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program, Remark
+from dcompile.ir.sizes import evaluate, shape_of
 
 aten = torch.ops.aten
 VIEW, CAST, SLICE = aten.reshape.default, aten._to_copy.default, aten.slice.Tensor
@@ -45,7 +47,7 @@ def _fuse(program: Program, node: Node, tables: dict[Node, Node]) -> int:
     if keys.target is not ops.WRITE_ROWS:
         return 0
     k, v = keys.args[1], values.args[1]
-    qh, kh = _head(q), _head(k)
+    qh, kh = _head(program, q), _head(program, k)
     part = _slice_of(through(v, VIEW))
     if qh is None or kh is None or part is None:
         return _leave(program, node, "queries or keys are not norm + rotary embedding of a product")
@@ -98,18 +100,17 @@ def _slice_of(node: Node | None) -> tuple[Node, int] | None:
     return None
 
 
-def _head(node: object) -> Head | None:
+def _head(program: Program, node: object) -> Head | None:
     """Match  [cast] (x cos + rotate_half(x) sin) [cast] [++ rest of x]  of  [norm]  of a slice."""
     assert isinstance(node, Node)
     size = int(value(node).shape[-1])
-    node = through(node, VIEW, aten.permute.default)
-    if node is None:
-        return None
-    rotated = _rotated(node)
+    node, turned = _moved(node)
+    rotated = None if node is None else _rotated(node)
     if rotated is None:
         return None
     x, cos, sin = rotated
-    x = through(x, VIEW, aten.permute.default)
+    x, normed = _moved(x)
+    moves = [normed, turned]
     norm, eps = None, 0.0
     if x is not None and x.target is aten.rms_norm.default:
         shape, weight, eps = x.args[1], *x.args[2:4]  # type: ignore[assignment]
@@ -117,9 +118,43 @@ def _head(node: object) -> Head | None:
         # A norm over all heads together, as in OLMo 2, is another.
         if shape != [size] or norm is None or eps is None:
             return None
-        x = through(x.args[0], VIEW)
+        x, sliced = _moved(x.args[0])
+        moves.insert(0, sliced)
     part = _slice_of(x)
-    return None if part is None else Head(*part, norm, float(eps), cos, sin)
+    if part is None or not _keeps_heads(program, x, moves, size):
+        return None
+    return Head(*part, norm, float(eps), cos, sin)
+
+
+def _moved(node: object) -> tuple[Node | None, list[Node]]:
+    """What stands behind views and permutations, and these, innermost first."""
+    between: list[Node] = []
+    while isinstance(node, Node) and node.target in (VIEW, aten.permute.default):
+        between.insert(0, node)
+        node = node.args[0]
+    return (node if isinstance(node, Node) else None), between
+
+
+def _keeps_heads(program: Program, x: Node | None, moves: list[list[Node]], size: int) -> bool:
+    """Whether views and permutations only cut rows into heads: tried out on numbers, with 7 rows."""
+
+    def shape(node: Node) -> list[int]:
+        sizes = shape_of(value(node), program.symbols)
+        return [evaluate(each, {"R": 7, "B": 3}) for each in sizes]
+
+    assert x is not None
+    start = torch.arange(prod(shape(x))).reshape(shape(x))
+    at, inside = start, torch.arange(size)
+    for between in moves:
+        for node in between:
+            if node.target is VIEW:
+                at = at.reshape(shape(node))
+            else:
+                at = at.permute(node.args[1])
+        # Norm and rotation run along the last axis, which must be a head from its start.
+        if at.shape[-1] != size or not bool((at % size == inside).all()):
+            return False
+    return torch.equal(at.reshape(7, -1), start.reshape(7, -1))
 
 
 def _rotated(node: Node) -> tuple[Node, Node, Node] | None:

@@ -537,10 +537,12 @@ def _canvas(executor: Backend, limits: Limits, where: str) -> Ints:
 
 def _policy_state(artifact: Artifact, executor: Backend) -> list[tuple[str, bool]]:
     """State that a request must not inherit, each with whether a block must not either."""
-    resets = {
-        item["name"]: item.get("reset", "block")
-        for item in artifact.manifest["policy"].get("state", ())
-    }
+    try:
+        listed = artifact.manifest["policy"].get("state", ())
+        resets = {str(item["name"]): item.get("reset", "block") for item in listed}
+    except (TypeError, KeyError, AttributeError) as error:
+        what = "the manifest's list of the policy's state cannot be read"
+        raise ArtifactError(what, where=str(artifact.path)) from error
     return [
         (name, resets.get(name) == "block")
         for name in executor.state

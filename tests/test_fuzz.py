@@ -1,0 +1,48 @@
+"""The fuzzer on a fixed seed, within a minute in all; and what it once found, run again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOUND = sorted((Path(__file__).parent / "fuzzed").glob("*.json"))
+
+
+def fuzz(*arguments: str) -> dict[str, object]:
+    command = [sys.executable, str(ROOT / "bench" / "fuzz.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(done.stdout[done.stdout.index("{\n") :])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("subject", "count", "kinds"),
+    [
+        ("programs", 3, {"passed"}),
+        ("damage", 120, {"named", "equal"}),
+        ("commands", 40, {"done", "named", "usage"}),
+    ],
+)
+def test_nothing_breaks(subject: str, count: int, kinds: set[str], tmp_path: Path) -> None:
+    report = fuzz(
+        subject,
+        "--seed",
+        "7",
+        "--count",
+        str(count),
+        "--seconds",
+        "240",
+        "--failures",
+        str(tmp_path),
+    )
+    assert report["failures"] == [] and kinds <= set(report["total"])  # type: ignore[call-overload]
+
+
+def test_what_was_found_stays_fixed() -> None:
+    assert FOUND
+    fuzz("--replay", *map(str, FOUND))
