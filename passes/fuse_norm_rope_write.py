@@ -147,10 +147,7 @@ def _keeps_heads(program: Program, x: Node | None, moves: list[list[Node]], size
     at, inside = start, torch.arange(size)
     for between in moves:
         for node in between:
-            if node.target is VIEW:
-                at = at.reshape(shape(node))
-            else:
-                at = at.permute(node.args[1])
+            at = at.reshape(shape(node)) if node.target is VIEW else at.permute(node.args[1])
         # Norm and rotation run along the last axis, which must be a head from its start.
         if at.shape[-1] != size or not bool((at % size == inside).all()):
             return False
