@@ -1,7 +1,7 @@
 """Fuzz the compiler and what it reads: random programs, damaged files, random command lines.
 
     python bench/fuzz.py programs|damage|commands [--seed N] [--count N] [--seconds S] [--native N]
-    python bench/fuzz.py --replay FILE...
+    python bench/fuzz.py [SUBJECT ...] --replay FILE...
 
 Without --seed a new one is drawn and printed; case i of seed s is always the same. A failure is shrunk and
 written to --failures (default fuzz-failures/) as a file that --replay runs again.
@@ -128,19 +128,19 @@ def _store(subject: Subject, case: Case, outcome: Outcome, folder: Path) -> dict
     return {"file": path.name, "kind": outcome.kind, "detail": outcome.detail[:300]}
 
 
-def replay(paths: list[Path]) -> int:
-    """Run stored cases again; how many still fail."""
-    made: dict[str, Subject] = {}
-    failing = 0
+def replay(paths: list[Path], made: dict[str, Subject]) -> int:
+    """Run stored cases again, of the subjects made where there are any; how many still fail."""
+    only, failing = set(made), 0
     for path in paths:
         held = json.loads(path.read_text())
         name = held["subject"]
+        if only and name not in only:
+            continue
         if name not in made:
             made[name] = subjects()[name]()
         outcome = made[name].run(held["case"])
         failing += outcome.bad
         print(f"{path.name}: {outcome.kind}: {outcome.detail}", flush=True)
-    print(json.dumps({"replayed": len(paths), "failing": failing}, indent=1))
     return failing
 
 
@@ -160,23 +160,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--replay", type=Path, nargs="+")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if given.replay:
-        return int(bool(replay(given.replay)))
+    if given.replay and given.subject is None:
+        return int(bool(replay(given.replay, {})))
     if given.subject is None:
         parser.error("name what to fuzz, or --replay FILE")
     seed = given.seed if given.seed is not None else int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}", flush=True)
     options = {"native": given.native} if given.native else {}
     began = time.monotonic()
-    tally = fuzz(
-        subjects()[given.subject](**options), seed, given.count, given.seconds, given.failures
-    )
+    subject = subjects()[given.subject](**options)
+    again = replay(given.replay, {given.subject: subject}) if given.replay else 0
+    tally = fuzz(subject, seed, given.count, given.seconds, given.failures)
     report = {"subject": given.subject, "seed": seed, "cases": tally.total.total(), **tally.json()}
     report["seconds"] = round(time.monotonic() - began)
     print(json.dumps(report, indent=1))
     if given.json:
         given.json.write_text(json.dumps(report, indent=1) + "\n")
-    return int(bool(tally.failures))
+    return int(bool(tally.failures or again))
 
 
 if __name__ == "__main__":

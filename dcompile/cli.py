@@ -107,6 +107,10 @@ def compile_command(
     skip: Annotated[
         list[str] | None, typer.Option(metavar="PASS", help="Leave a pass out; repeatable.")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="inside|external", help="In the artifact, or a folder beside it."),
+    ] = None,
     threads: _Threads = None,
     quiet: _Quiet = False,
 ) -> None:
@@ -137,6 +141,7 @@ def compile_command(
         "check": check,
         "stop_after": stop_after,
         "skip": tuple(skip) if skip else None,
+        "weights": weights,
         "threads": threads,
     }
     from dcompile.driver import compile_checkpoint
@@ -191,6 +196,9 @@ def run(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Hash the files.")] = True,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where external weights were moved.")
+    ] = None,
     threads: _Threads = None,
     quiet: _Quiet = False,
 ) -> None:
@@ -205,10 +213,12 @@ def run(
     asked = _prompts(prompt, prompt_ids, prompts or queue)
     from dcompile.runtime.loop import Runner
 
+    if not verify and not quiet:
+        typer.echo("--no-verify: no file was compared with its hash", err=True)
     request: dict[str, Any] = {"temperature": temperature, "seed": seed, "early_stop": early_stop}
     with _progress(quiet) as progress:
         progress("loading")
-        runner = Runner.load(artifact, verify=verify, threads=threads)
+        runner = Runner.load(artifact, verify=verify, threads=threads, weights_at=weights)
         if queue is not None:
             request["on_result"] = _print_numbered
         if not stream:

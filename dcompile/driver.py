@@ -110,7 +110,7 @@ def _compile(origin: Origin, options: WatchedOptions, out: Path, progress: Progr
     progress("lower and build kernels")
     code = backend_of(options.target)(program)
     progress("write")
-    with ArtifactWriter(out) as writer:
+    with ArtifactWriter(out, external=options.weights == "external") as writer:
         writer.add_bytes("plan.json", _json(code.plan))
         writer.add_bytes("program.json", _json(dump(program, code.stored)))
         for name, text in _texts(program, code, traced, records).items():

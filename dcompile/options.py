@@ -45,6 +45,7 @@ class Options:
     stop_after: str | None = None  # end the pipeline after this pass
     skip: tuple[str, ...] = ()  # leave these passes out
     threads: int | None = None  # of the machine that will run it
+    weights: str = "inside"  # inside the artifact, or external: in a folder beside it
 
     def validate(self) -> None:
         """Raise OptionError where a value makes no sense."""
@@ -55,6 +56,9 @@ class Options:
         for name in ("look_back", "look_ahead", "warmup"):
             if getattr(self, name) < 0:
                 raise OptionError(f"{name} must not be negative, it is {getattr(self, name)}")
+        if self.weights not in ("inside", "external"):
+            what = f"weights are inside or external, not {self.weights!r}"
+            raise OptionError(what, remedy="--weights inside or external")
         if self.refresh_every < 1:
             raise OptionError(f"refresh_every must be at least 1, not {self.refresh_every}")
         self._validate_experts()
@@ -99,7 +103,7 @@ class Options:
 
     def record(self) -> dict[str, object]:
         """As data for the manifest, without what only steers the compiler."""
-        steering = {"check", "stop_after", "skip"}
+        steering = {"check", "stop_after", "skip", "weights"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in steering}
 
     def changed(self, **changes: object) -> Self:

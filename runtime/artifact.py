@@ -18,6 +18,7 @@ from dcompile.runtime import weights
 from dcompile.runtime.archive import MANIFEST, Archive, open_archive
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.processor import cpu_flags
+from dcompile.runtime.sidecar import open_sidecar
 from dcompile.runtime.writing import FORMAT, ArtifactWriter, seal, write_artifact
 from dcompile.untrusted import is_safe, parse_json
 
@@ -38,6 +39,7 @@ class Artifact:
     isa: str
     """The variant of the native code that is run; none on a GPU."""
     _archive: Archive = field(repr=False)
+    _sidecar: Archive | None = field(default=None, repr=False)
     _tensors: dict[str, weights.Entry] = field(default_factory=dict, repr=False)
 
     @property
@@ -46,6 +48,8 @@ class Artifact:
         return tuple(self.manifest["files"])
 
     def bytes(self, name: str) -> memoryview:
+        if self._sidecar is not None and name in self.manifest["external"]["files"]:
+            return self._sidecar.read(name)
         if name not in self.manifest["files"]:
             raise ArtifactError(f"the artifact has no file {name!r}", where=str(self.path))
         return self._archive.read(name)
@@ -87,19 +91,27 @@ class Artifact:
         return weights.tensor(self.bytes(entry.file), entry)
 
 
-def open_artifact(path: str | Path, verify: bool = True) -> Artifact:
-    """Open and check; `verify=False` leaves out the hashes of the files, and nothing else."""
+def open_artifact(
+    path: str | Path, verify: bool = True, weights_at: str | Path | None = None
+) -> Artifact:
+    """Open and check; `verify=False` leaves out the hashes of the files, and nothing else.
+
+    `weights_at` is the folder of weights that lie outside the artifact, where they were moved.
+    """
     path = Path(path)
     archive = open_archive(path)
     manifest = _manifest(archive, path)
-    _check_files(archive, manifest, path, verify)
+    _check_files(archive, manifest["files"], path, verify)
+    sidecar = open_sidecar(manifest, path, None if weights_at is None else Path(weights_at))
+    if sidecar is not None:
+        _check_files(*sidecar, path, verify)
     plan = Plan.read(_json(archive, "plan.json", path), f"{path}: plan.json")
     on_gpu = manifest["target"] == "cuda"
     if any((launch.where == "cuda") != on_gpu for launch in plan.launches):
         what = f"the plan launches what does not run on the target, {manifest['target']}"
         raise ArtifactError(what, where=f"{path}: plan.json", remedy=_AGAIN)
     isa = "" if on_gpu else _choose_isa(manifest, path)
-    artifact = Artifact(path, manifest, plan, isa, archive)
+    artifact = Artifact(path, manifest, plan, isa, archive, sidecar and sidecar[0])
     for name, entry in _entries(artifact):
         if name in artifact._tensors:
             raise ArtifactError(f"tensor {name!r} is there twice", where=str(path), remedy=_AGAIN)
@@ -109,7 +121,8 @@ def open_artifact(path: str | Path, verify: bool = True) -> Artifact:
 
 
 def _entries(artifact: Artifact) -> Iterator[tuple[str, weights.Entry]]:
-    for file in artifact.names:
+    outside = artifact.manifest["external"]["files"] if artifact._sidecar is not None else ()
+    for file in (*artifact.names, *outside):
         if file.startswith("weights/") and file.endswith(".safetensors"):
             yield from weights.entries(artifact.bytes(file), file)
 
@@ -150,7 +163,7 @@ def _manifest(archive: Archive, path: Path) -> dict[str, Any]:
     return body
 
 
-def _check_files(archive: Archive, manifest: Mapping[str, Any], path: Path, verify: bool) -> None:
+def _check_files(archive: Archive, files: Mapping[str, Any], path: Path, verify: bool) -> None:
     def check(item: tuple[str, Any]) -> None:
         name, claim = item
         where = f"{path}: {name}"
@@ -165,7 +178,7 @@ def _check_files(archive: Archive, manifest: Mapping[str, Any], path: Path, veri
             raise ArtifactError(what, where=where, remedy=_AGAIN)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(check, manifest["files"].items()):
+        for _ in pool.map(check, files.items()):
             pass
 
 

@@ -136,9 +136,19 @@ class Runner:
         _check_shapes(artifact.plan, where)
 
     @classmethod
-    def load(cls, path: str | Path, *, verify: bool = True, threads: int | None = None) -> Self:
-        """Open an artifact; `verify=False` does not hash its files."""
-        artifact = open_artifact(path, verify)
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        verify: bool = True,
+        threads: int | None = None,
+        weights_at: str | Path | None = None,
+    ) -> Self:
+        """Open an artifact; `verify=False` does not hash its files.
+
+        `weights_at` is the folder of weights outside the artifact, where they are not beside it.
+        """
+        artifact = open_artifact(path, verify, weights_at)
         try:
             return cls(artifact, open_backend(artifact, threads))
         except MemoryError as error:

@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
-from uuid import uuid4
 
 import torch
 
 from dcompile.errors import OutputError
 from dcompile.runtime.archive import MANIFEST, SUFFIX
+from dcompile.runtime.sidecar import Sidecar, exchange, sweep, sync, temporary
 from dcompile.runtime.weights import ALIGN, shards
 from dcompile.untrusted import is_safe
 
@@ -37,18 +37,20 @@ def seal(body: Mapping[str, Any]) -> str:
 class ArtifactWriter:
     """One artifact in the making: a folder, or a zip file where the name ends in `.dcx`.
 
-    Until `finish` returns, whatever was at `path` is untouched; left without it, nothing remains.
+    Until `finish` returns, whatever was at `path` is untouched; left without it, nothing remains. With
+    `external` the weights go to a folder beside the artifact, named by their content and bound by their hashes.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, external: bool = False) -> None:
         self.path = Path(path)
+        self._sidecar = Sidecar(self.path) if external else None
         self._files: dict[str, dict[str, object]] = {}
         self._tensors: set[str] = set()
         self._shards = 0
         self._zip: zipfile.ZipFile | None = None
         self._finished = False
         self._check_target()
-        self._temporary = self.path.parent / f".{self.path.name}.{os.getpid()}-{uuid4().hex}.tmp"
+        self._temporary = temporary(self.path)
 
     def _check_target(self) -> None:
         path, archive = self.path, self.path.suffix == SUFFIX
@@ -67,6 +69,7 @@ class ArtifactWriter:
 
     def __enter__(self) -> Self:
         with self._named_errors():
+            sweep(self.path)
             if self.path.suffix == SUFFIX:
                 self._zip = zipfile.ZipFile(self._temporary, "x", zipfile.ZIP_STORED)
             else:
@@ -89,7 +92,12 @@ class ArtifactWriter:
     def add_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Write tensors as they come; their names are unique over the whole artifact."""
         for pieces in shards(self._unique(tensors)):
-            self._add(f"weights/{self._shards:05}.safetensors", pieces)
+            name = f"weights/{self._shards:05}.safetensors"
+            if self._sidecar is None:
+                self._add(name, pieces)
+            else:
+                with self._named_errors():
+                    self._sidecar.add(name, pieces)
             self._shards += 1
             del pieces
 
@@ -106,6 +114,9 @@ class ArtifactWriter:
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, with the files' hashes and its own, and move all into place."""
         body: dict[str, Any] = {"format": FORMAT, **manifest, "files": self._files}
+        if self._sidecar is not None:
+            with self._named_errors():
+                body["external"] = self._sidecar.finish()
         body["sha256"] = seal(body)
         self.finish_as((json.dumps(body, indent=1) + "\n").encode())
 
@@ -118,12 +129,16 @@ class ArtifactWriter:
         with self._named_errors():
             if self._zip is not None:
                 self._zip.close()
+                sync(self._temporary)
                 os.replace(self._temporary, self.path)
             else:
                 self._replace_folder()
         self._finished = True
 
     def _replace_folder(self) -> None:
+        if self.path.exists() and exchange(self._temporary, self.path):
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return
         old = self._temporary.with_suffix(".old")
         if self.path.exists():
             os.rename(self.path, old)
@@ -148,6 +163,9 @@ class ArtifactWriter:
             for piece in pieces:
                 digest.update(piece)
                 file.write(piece)
+        if self._zip is None:
+            with self._named_errors():
+                sync(self._temporary / name)
         return digest.hexdigest()
 
     def _open(self, name: str) -> IO[bytes]:
@@ -174,6 +192,8 @@ class ArtifactWriter:
             raise OutputError(what, where=str(self.path), remedy=remedy) from error
 
     def _discard(self) -> None:
+        if self._sidecar is not None:
+            self._sidecar.discard()
         if self._zip is not None:
             # Closing would write a directory for entries that may be half there.
             file, self._zip.fp = self._zip.fp, None

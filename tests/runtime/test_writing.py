@@ -15,8 +15,9 @@ import toy
 from toy import Toy
 
 from dcompile.errors import OutputError
-from dcompile.runtime import weights
+from dcompile.runtime import weights, writing
 from dcompile.runtime.artifact import ArtifactWriter, open_artifact, write_artifact
+from dcompile.runtime.sidecar import temporary
 
 FORMS = pytest.mark.parametrize("name", ["out.dcx", "out"])
 
@@ -59,6 +60,8 @@ def test_an_interrupted_write_leaves_the_old_one(name: str, tmp_path: Path, code
 def test_a_failed_exchange_puts_the_old_folder_back(
     tmp_path: Path, code: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Where the system cannot let two names trade, there are two renames.
+    monkeypatch.setattr(writing, "exchange", lambda a, b: False)
     path = toy.write(tmp_path / "out", Toy(), code)
     rename = os.rename
 
@@ -72,6 +75,24 @@ def test_a_failed_exchange_puts_the_old_folder_back(
         write(path, iter([("weight", torch.zeros(3))]), code)
     assert os.listdir(tmp_path) == ["out"]
     assert open_artifact(path).weights("weight").tolist() == [1, 2, 3]
+
+
+@FORMS
+def test_what_a_killed_writer_left_goes_with_the_next(
+    name: str, tmp_path: Path, code: bytes
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for owner in (ended.pid, os.getpid()):
+        left = temporary(tmp_path / name)
+        left = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{owner}-"))
+        left.mkdir() if name == "out" else left.write_bytes(b"half")
+    other = tmp_path / f".{name}.artifact.elsewhere-{ended.pid}-0.tmp"
+    other.touch()
+    toy.write(tmp_path / name, Toy(), code)
+    found = os.listdir(tmp_path)
+    assert len(found) == 3 and name in found and other.name in found
+    assert not any(f"-{ended.pid}-" in entry for entry in found if entry != other.name)
 
 
 @FORMS
