@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -82,20 +83,23 @@ def subjects() -> dict[str, Callable[..., Subject]]:
     return {"programs": Programs, "damage": Damage, "commands": Commands}
 
 
-def fuzz(
-    subject: Subject, seed: int, count: int, seconds: float, failures: Path, quiet: bool = False
-) -> Tally:
+def fuzz(subject: Subject, seed: int, count: int, seconds: float, failures: Path) -> Tally:
     """Run cases until `count` or `seconds`, whichever comes first; failures are shrunk and stored."""
-    tally, began = Tally(), time.monotonic()
+    tally, began, told = Tally(), time.monotonic(), time.monotonic()
+    stopped: list[int] = []
+    # Interrupted, what was found so far is still told.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.append(1))
     for index, number in enumerate(_seeds(seed, count)):
-        if time.monotonic() - began > seconds:
+        if stopped or time.monotonic() - began > seconds:
             break
         case = subject.draw(number)
         outcome = subject.run(case)
         tally.add(subject.group(case), outcome)
         if outcome.bad:
             tally.failures.append(_store(subject, case, outcome, failures))
-        if not quiet and (outcome.bad or index % 100 == 99):
+        if outcome.bad or time.monotonic() - told > 60:
+            told = time.monotonic()
             what = f"{index + 1}: {dict(tally.total)}"
             print(what, f"{outcome.kind}: {outcome.detail}" if outcome.bad else "", flush=True)
     return tally

@@ -18,7 +18,6 @@ from typing import Any
 
 MEMORY = 512 << 20
 """What a case may take beside the size of its file."""
-_SLOW_MACHINE = 12
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,13 @@ class Outcome:
         return asdict(self)
 
 
-def run_case(case: Callable[[], tuple[Any, ...]], seconds: float, size: int = 0) -> Outcome:
-    """Fork; run the case within `seconds` of CPU and `size` + MEMORY more bytes; say what came of it."""
+def run_case(
+    case: Callable[[], tuple[Any, ...]], seconds: float, size: int = 0, asleep: float = 30
+) -> Outcome:
+    """Fork; run the case within `seconds` of CPU and `size` + MEMORY more bytes; say what came of it.
+
+    A child that waits for `asleep` seconds on end hangs; one that the machine gives no time does not.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
@@ -49,14 +53,15 @@ def run_case(case: Callable[[], tuple[Any, ...]], seconds: float, size: int = 0)
         os.close(reader)
         _child(case, writer, seconds, size)
     os.close(writer)
-    text = _read(reader, time.monotonic() + seconds * _SLOW_MACHINE)
+    text = _read(reader, child, asleep)
     if text is None:
         os.kill(child, signal.SIGKILL)
     os.close(reader)
     _, status, usage = os.wait4(child, 0)
     took = usage.ru_utime + usage.ru_stime
     if text is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
-        return Outcome("hang", f"more than {seconds} s", took)
+        what = "it waits for something" if text is None else f"more than {seconds} s of CPU"
+        return Outcome("hang", what, took)
     try:
         said = json.loads(text)
     except ValueError:
@@ -95,17 +100,26 @@ def _child(case: Callable[[], tuple[Any, ...]], writer: int, seconds: float, siz
     os._exit(0)
 
 
-def _read(descriptor: int, until: float) -> str | None:
-    """All that the child says; None where it does not end in time."""
-    parts = []
+def _read(descriptor: int, child: int, asleep: float) -> str | None:
+    """All that the child says; None where it waits too long for something else."""
+    parts, awake = [], time.monotonic()
     while True:
-        left = until - time.monotonic()
-        if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-            return None
+        if not select.select([descriptor], [], [], 1.0)[0]:
+            if _runs(child):
+                awake = time.monotonic()
+            elif time.monotonic() - awake > asleep:
+                return None
+            continue
         part = os.read(descriptor, 1 << 16)
         if not part:
             return b"".join(parts).decode()
         parts.append(part)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process computes, or would if it were given a processor."""
+    with open(f"/proc/{process}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "R"
 
 
 def _memory(field: str) -> int:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -122,7 +123,8 @@ class Commands:
         write_model_pt(root / "model.pt", "sdar")
         options = Options(max_length=48, block_length=8, cache="dual", policy="threshold")
         compile_checkpoint(root / "hf", options, root / "model.dcx")
-        compile_checkpoint(root / "hf", options, root / "folder")
+        with zipfile.ZipFile(root / "model.dcx") as file:
+            file.extractall(root / "folder")
         whole = (root / "model.dcx").read_bytes()
         (root / "broken.dcx").write_bytes(whole[: len(whole) // 2])
         (root / "empty").mkdir()
@@ -169,7 +171,7 @@ class Commands:
 
     def run(self, case: Case) -> Outcome:
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
-            return run_case(lambda: self._call(case, Path(folder)), 60, 256 << 20)
+            return run_case(lambda: self._call(case, Path(folder)), 60, 256 << 20, asleep=600)
 
     def _call(self, case: Case, folder: Path) -> tuple[str, str]:
         os.chdir(folder)

@@ -126,7 +126,8 @@ class Damage:
         write_checkpoint(base / "shards", "llada_moe", sharded=True, **sizes)
         compile_checkpoint(base / "hf", OPTIONS, base / "dcx" / "model.dcx")
         for name in ("folder", "sealed", "packed"):
-            compile_checkpoint(base / "hf", OPTIONS, base / name / "model")
+            with zipfile.ZipFile(base / "dcx" / "model.dcx") as file:
+                file.extractall(base / name / "model")
         self.recorded = open_artifact(base / "dcx" / "model.dcx").manifest["options"]
         write_model_pt(base / "pt" / "model.pt", "llada_moe", **sizes)
         length = torch.export.Dim("length", min=2, max=48)

@@ -144,7 +144,11 @@ class Programs:
         return {"spec": draw(seed), "native": native, "edits": [seed + i for i in range(EDITS)]}
 
     def run(self, case: Case) -> Outcome:
-        return run_case(lambda: self._run(case), 120 if case["native"] else 60)
+        # A native build waits for the C++ compiler.
+        native = case["native"]
+        return run_case(
+            lambda: self._run(case), 120 if native else 60, asleep=900 if native else 30
+        )
 
     def _run(self, case: Case) -> tuple[str, str, dict[str, int]]:
         results = attempt(case["spec"], case["native"], case["edits"])
