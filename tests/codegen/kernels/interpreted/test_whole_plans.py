@@ -39,13 +39,13 @@ def compare(tmp_path: Path, family: str, **options: object) -> int:
 
 
 def test_llada_moe_gives_the_same_tokens(tmp_path: Path) -> None:
-    assert compare(tmp_path, "llada_moe", cache="dual") > 3
+    assert compare(tmp_path, "llada_moe", cache="dual") >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llada2", "llada", "dream", "sdar", "sdar_moe"])
 def test_every_other_family_gives_the_same_tokens(tmp_path: Path, family: str) -> None:
-    assert compare(tmp_path, family) > 3
+    assert compare(tmp_path, family) >= 3
 
 
 @pytest.mark.slow
@@ -57,4 +57,4 @@ def test_every_other_family_gives_the_same_tokens(tmp_path: Path, family: str) -
     ],
 )
 def test_every_policy_gives_the_same_tokens(tmp_path: Path, policy: str) -> None:
-    assert compare(tmp_path, "llada_moe", policy=policy) > 3
+    assert compare(tmp_path, "llada_moe", policy=policy) >= 3
