@@ -182,11 +182,8 @@ def _rounded(x: Text, dtype: torch.dtype) -> Text:
     """Halves are rounded after every operator, as when each of them is run by itself."""
     if dtype not in HALVES:
         return x
-    return Text(f"{x.text}.to(tl.{TYPES[dtype].replace('fp', 'float')}).to(tl.float32)", *_rest(x))
-
-
-def _rest(x: Text) -> tuple[str, frozenset[int]]:
-    return x.kind, x.axes
+    half = "bfloat16" if dtype == torch.bfloat16 else "float16"
+    return Text(f"({x.text}).to(tl.{half}).to(tl.float32)", x.kind, x.axes)
 
 
 def _cast(x: Text, source: torch.dtype, out: torch.dtype) -> Text:
