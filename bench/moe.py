@@ -84,6 +84,7 @@ class Skewed(nn.Module):
         self.gate, self.up = weights(inner, hidden), weights(inner, hidden)
         self.down = weights(hidden, inner)
         self.head = nn.Linear(hidden, 512, bias=False)
+        nn.init.normal_(self.head.weight, std=0.01)  # unsure: a token an iteration
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
