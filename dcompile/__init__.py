@@ -30,7 +30,9 @@ def __getattr__(name: str) -> object:
 
         return Options
     if name in ("Runner", "load"):
+        from dcompile.on_the_spot import install
         from dcompile.runtime.loop import Runner
 
+        install()
         return Runner if name == "Runner" else Runner.load
     raise AttributeError(f"module 'dcompile' has no attribute {name!r}")

@@ -211,8 +211,10 @@ def run(
     named = {"threshold": threshold, "threshold_low": threshold_low, "steps": steps}
     parameters |= {name: float(value) for name, value in named.items() if value is not None}
     asked = _prompts(prompt, prompt_ids, prompts or queue)
+    from dcompile.on_the_spot import install
     from dcompile.runtime.loop import Runner
 
+    install()
     if not verify and not quiet:
         typer.echo("--no-verify: no file was compared with its hash", err=True)
     request: dict[str, Any] = {"temperature": temperature, "seed": seed, "early_stop": early_stop}

@@ -16,6 +16,7 @@ from dcompile.codegen.cuda.lower import CudaLowered
 from dcompile.codegen.kernels import gate
 from dcompile.codegen.kernels.aot import Compiled, compile_variants, compiler_version
 from dcompile.codegen.kernels.assemble import PACKAGE
+from dcompile.codegen.kernels.tuned import recorded
 from dcompile.codegen.kernels.variant import Variant
 
 TABLE = "kernels.json"
@@ -61,7 +62,11 @@ def _table(lowered: CudaLowered, compiled: Sequence[Compiled]) -> dict[str, Any]
             "parameters": [list(p) for p in one.parameters],
             "instructions": dict(one.instructions),
         }
-    return {"triton": compiler_version(), "kernels": kernels}
+    arches = sorted({one.arch for one in compiled})
+    found = {f"sm_{arch}": recorded(lowered.variants, arch) for arch in arches}
+    # Which entries of the table of tiles the kernels follow, with their times.
+    tuned = {name: entries for name, entries in found.items() if entries}
+    return {"triton": compiler_version(), "tuned": tuned, "kernels": kernels}
 
 
 def readable_sources(lowered: CudaLowered, lines: Mapping[Node, str]) -> str:

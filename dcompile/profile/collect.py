@@ -20,6 +20,7 @@ from dcompile.runtime.backend import open_backend
 from dcompile.runtime.loop import Result, Runner
 
 Progress = Callable[[str], None]
+UNKNOWN_RATE = 1e18
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,7 @@ def capture(
     finally:
         runner.watch = None
     progress("measuring the machine")
-    machine = measure(
-        getattr(torch, runner.artifact.manifest["model"]["dtype"]), runner.executor.threads
-    )
+    machine = _machine(runner)
     chosen = sorted(timed, key=lambda each: each.wall)[len(timed) // 2]
     _check_same(chosen.iterations, observer.iterations)
     walls = [each.wall for each in timed]
@@ -127,6 +126,17 @@ def _serve(runner: Runner, request: Request) -> tuple[list[Result], float]:
         request.prompts, gen_length=request.gen_length, **dict(request.arguments)
     )
     return results, perf_counter() - start
+
+
+def _machine(runner: Runner) -> Machine:
+    """What runs the artifact; of a GPU no rate of products is known, its floors are those of bytes."""
+    if runner.artifact.manifest["target"] == "cuda":
+        from dcompile.runtime.cuda.executor import CudaExecutor
+
+        assert isinstance(runner.executor, CudaExecutor)
+        return Machine(runner.executor.bandwidth(), UNKNOWN_RATE)
+    dtype = getattr(torch, runner.artifact.manifest["model"]["dtype"])
+    return measure(dtype, runner.executor.threads)
 
 
 def _timed(runner: Runner, request: Request) -> Round:

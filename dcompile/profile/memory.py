@@ -44,7 +44,7 @@ class Memory:
 
 def memory(plan: Plan, R: int, B: int, before: int, resident: list[int]) -> Memory:
     """The memory of a step of R rows and B sequences."""
-    sizes: dict[str, int] = {"weight": 0, "state": 0, "input": 0, "slot": 0}
+    sizes: dict[str, int] = {"weight": 0, "state": 0, "input": 0, "slot": 0, "zeroed": 0}
     slots = [0] * plan.slots
     for buffer in plan.buffers:
         if buffer.kind == "view":
