@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -327,3 +328,12 @@ def test_all_dtypes_come_back(tmp_path: Path, code: bytes) -> None:
     found = {name: t for name, t in load_file(file).items() if not name.startswith(".pad.")}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its code is for x86-64")
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "released").iterdir()))
+def test_artifacts_of_every_released_format_run(path: Path) -> None:
+    """Each is as its version wrote it; a format that is read once is read for ever."""
+    runner = Runner.load(path)
+    assert path.name == f"format_{runner.artifact.manifest['format']}"
+    assert runner.generate([[1]], gen_length=4)[0].all_tokens == toy.decode(Toy(), [1], 4)[0]
