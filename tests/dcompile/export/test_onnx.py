@@ -290,3 +290,14 @@ def test_a_failure_while_writing_leaves_the_old_model(
     monkeypatch.setattr(onnx_file, "onnx_model", lambda _: tiny)
     export(Asked(made.artifact, out, "onnx"))
     assert onnx.load(out).graph.node[0].op_type == "Abs"
+
+
+@pytest.mark.parametrize("policy", ["credit", pytest.param("edit", marks=pytest.mark.slow)])
+def test_policies_with_memory_and_questions_run_too(make: Any, policy: str) -> None:
+    """State in and out beside the keys; the model asked about tokens of the policy's own."""
+    made = make("llada_moe", config=SMALL, policy=policy)
+    step = run_onnx.Step(onnx_of(made), threads=1)
+    runner = Runner.load(made.artifact)
+    for prompt in PROMPTS:
+        ours = runner.generate([prompt], gen_length=16)[0]
+        assert run_onnx.generate(step, prompt, 16) == (ours.all_tokens, ours.forwards)
