@@ -301,3 +301,16 @@ def test_policies_with_memory_and_questions_run_too(make: Any, policy: str) -> N
     for prompt in PROMPTS:
         ours = runner.generate([prompt], gen_length=16)[0]
         assert run_onnx.generate(step, prompt, 16) == (ours.all_tokens, ours.forwards)
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes(make: Any, tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 1, "moe_layer_freq": [1], "hidden_size": 1024}
+    made = make("llada_moe", config={**config, "vocab_size": 300_000})
+    out = export(Asked(made.artifact, tmp_path / "step.onnx", "onnx")).files
+    data = tmp_path / "step.onnx.data"
+    assert data in out and data.stat().st_size > 2 << 30
+    assert (tmp_path / "step.onnx").stat().st_size < 1 << 20
+    step = run_onnx.Step(tmp_path / "step.onnx", threads=1)
+    ours = Runner.load(made.artifact).generate([[1, 2, 3]], gen_length=8)[0]
+    assert run_onnx.generate(step, [1, 2, 3], 8) == (ours.all_tokens, ours.forwards)
