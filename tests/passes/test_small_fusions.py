@@ -93,6 +93,23 @@ def test_merges_gate_and_up() -> None:
     assert linears[0].meta["val"].shape[-1] == 12
 
 
+def test_leaves_projections_whose_weight_is_computed() -> None:
+    def ffn(x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor]:
+        return (F.silu(F.linear(x, g * 2)) * F.linear(x, g),)
+
+    inputs, weights = {"x": randn(5, 8)}, {"g": randn(6, 8)}
+    program = check_pass(MergeProjections(), ffn, inputs, weights, places=0, prepare=[FindRoles()])
+    assert "computed" in program.remarks[-1].text
+
+
+def test_merges_projections_that_share_their_weight() -> None:
+    def ffn(x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor]:
+        return (F.silu(F.linear(x, g)) * F.linear(x, g), F.linear(x[1:], g))[:1]
+
+    inputs, weights = {"x": randn(5, 8)}, {"g": randn(6, 8)}
+    check_pass(MergeProjections(), ffn, inputs, weights, places=1, prepare=[FindRoles()])
+
+
 def test_leaves_projections_of_different_inputs() -> None:
     def ffn(
         x: torch.Tensor, y: torch.Tensor, g: torch.Tensor, u: torch.Tensor
