@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import interpreter  # first of all
@@ -10,7 +11,7 @@ import torch
 from checkpoints import write_checkpoint
 from interpreted_plan import open_interpreted
 
-from dcompile.driver import compile_checkpoint
+from dcompile.driver import compile_checkpoint, compile_module
 from dcompile.options import Options
 from dcompile.runtime.loop import Runner
 
@@ -58,3 +59,23 @@ def test_every_other_family_gives_the_same_tokens(tmp_path: Path, family: str) -
 )
 def test_every_policy_gives_the_same_tokens(tmp_path: Path, policy: str) -> None:
     assert compare(tmp_path, "llada_moe", policy=policy) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "Bidirectional"])
+def test_foreign_models_give_the_same_tokens(tmp_path: Path, name: str) -> None:
+    """Their norms, rotations and embeddings are printed from the graph; no launch is torch's."""
+    path = Path(__file__).parents[3] / "test_modules.py"
+    spec = importlib.util.spec_from_file_location("foreign_models", path)
+    assert spec is not None and spec.loader is not None
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+    model = getattr(models, name)()
+    given = Options(mask_id=99, max_length=24, block_length=4, batch=2, cache="none")
+    cpu = compile_module(model, given, tmp_path / "cpu.dcx")
+    cuda = compile_module(model, given.changed(target="cuda:sm_90"), tmp_path / "cuda.dcx")
+    asked = {"gen_length": 8, "early_stop": False, "threshold": 0.2}
+    wanted = Runner.load(cpu).generate(PROMPTS, **asked)  # type: ignore[arg-type]
+    found = open_interpreted(cuda).generate(PROMPTS, **asked)  # type: ignore[arg-type]
+    for one, other in zip(wanted, found, strict=True):
+        assert (one.all_tokens, one.forwards) == (other.all_tokens, other.forwards)
