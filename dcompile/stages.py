@@ -80,6 +80,7 @@ def step_inputs(
         "tick": one * 0,
         "prompt_end": one * (case.length - case.block),
         "full": one,
+        "row_weight": torch.full((len(rows),), 0.3),
         **{name: torch.full((1,), number) for name, number in parameters.items()},
     }
 

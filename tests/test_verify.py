@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from quick import compile_quickly
 
 from dcompile import pipeline
 from dcompile.driver import compile_checkpoint
@@ -229,3 +230,10 @@ def test_a_flipped_byte_is_found_at_load(made: tuple[Path, Path], tmp_path: Path
     (tmp_path / "bad.dcx").write_bytes(data)
     with pytest.raises(ArtifactError):
         open_artifact(tmp_path / "bad.dcx")
+
+
+def test_smoothing_in_a_pipeline_is_verified(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", "sdar")
+    options = Options(max_length=64, manager="pipelined", policy="d2f", smoothing=0.3)
+    artifact = compile_quickly(folder, options, tmp_path / "model.dcx")
+    assert "each within" in verify(artifact, folder)
