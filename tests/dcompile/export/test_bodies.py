@@ -181,7 +181,7 @@ SMALL: list[tuple[str, Callable[..., Any], list[Tensor], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "operator", "given", "said"), SMALL, ids=lambda x: str(x)[:12])
+@pytest.mark.parametrize(("name", "operator", "given", "said"), SMALL, ids=[s[0] for s in SMALL])
 def test_the_rest(name: str, operator: Any, given: list[Tensor], said: dict[str, Any]) -> None:
     wanted = operator(*given, *said.values())
     same(BODIES[operator](*given, *said.values()), wanted)
