@@ -103,7 +103,7 @@ def transpose_expert(tensor: torch.Tensor) -> None:
         ("lm_head", one_value),
         ("embed", one_value),
         ("const_", shift_table),
-        ("experts_gate_proj_up", transpose_expert),
+        ("experts_gate_proj_gate_up", transpose_expert),
         ("experts_down", transpose_expert),
     ],
 )
