@@ -205,9 +205,10 @@ def _weight(program: Program, views: Sequence[Sequence[View]], name: str) -> Nod
 
 def _remark_dense(program: Program, claimed: set[Node]) -> None:
     """Products with stacked weights that no choice accounts for."""
+    live = _ancestors(program.result())
     for node in program.calls(aten.einsum.default, aten.bmm.default, aten.matmul.default):
         stack = [a for a in node.all_input_nodes if a.name in program.recipes]
-        if node in claimed or not any(value(a).dim() == 3 for a in stack):
+        if node in claimed or node not in live or not any(value(a).dim() == 3 for a in stack):
             continue
         where = facts(node).origin or node.name
         if any(r.where == where and r.pass_name == "fuse_moe" for r in program.remarks):

@@ -326,8 +326,16 @@ def test_an_interrupt_leaves_nothing(
     number: signal.Signals, status: int, name: str, tmp_path: Path
 ) -> None:
     text = SLOW.format(tests=RUNTIME_TESTS, out=str(tmp_path / name))
+
+    def hear_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores them
+
     with subprocess.Popen(
-        [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", text],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         assert len(os.listdir(tmp_path)) == 1

@@ -20,6 +20,7 @@ from dcompile.runtime.loop import Runner
 from dcompile.runtime.processor import cpu_flags
 
 NOISE = 1.15  # a bound measured beside other work may itself be a little low
+TRIES = 6  # other work may slow the probe and not the product: a floor that is wrong fails them all
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +48,24 @@ def best_seconds(library: Library, rows: int, n: int, k: int, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_product_beats_the_rate(library: Library, dtype: torch.dtype) -> None:
     """Weights from memory or not: so many multiply-adds take at least so long."""
-    machine = measure(dtype, 1)
     rows, n, k = 48, 512, 512
-    floor = 2 * rows * n * k / machine.rate
-    assert floor <= NOISE * best_seconds(library, rows, n, k, dtype)
+
+    def below() -> bool:
+        floor = 2 * rows * n * k / measure(dtype, 1).rate
+        return floor <= NOISE * best_seconds(library, rows, n, k, dtype)
+
+    assert any(below() for _ in range(TRIES))
 
 
 def test_no_reading_beats_the_bandwidth(library: Library) -> None:
     """One row of a weight that no cache near a core holds: its time is that of reading it."""
-    machine = measure(torch.bfloat16, 1)
     n, k = 1 << 16, 1024
-    floor = 2 * n * k / machine.bandwidth
-    assert floor <= NOISE * best_seconds(library, 1, n, k, torch.bfloat16)
+
+    def below() -> bool:
+        floor = 2 * n * k / measure(torch.bfloat16, 1).bandwidth
+        return floor <= NOISE * best_seconds(library, 1, n, k, torch.bfloat16)
+
+    assert any(below() for _ in range(TRIES))
 
 
 def test_a_launch_is_bound_by_the_slower_of_both() -> None:
