@@ -30,7 +30,7 @@ def kernel_table(artifact: Artifact) -> str:
 
 
 def _roles(kernel: str, launches: list[Launch]) -> str:
-    return ", ".join(dict.fromkeys(launch.get("role") or kernel for launch in launches))
+    return ", ".join(dict.fromkeys(str(launch.get("role") or kernel) for launch in launches))
 
 
 def _cuda_table(artifact: Artifact, grouped: Mapping[str, list[Launch]]) -> str:
