@@ -216,7 +216,7 @@ def test_near_misses_are_left_alone_and_say_why(spelling: Spelling) -> None:
     assert torch.equal(run(program, tensors)[0], before)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     router=st.sampled_from(ROUTERS),
     spelling=st.sampled_from(SPELLINGS),
