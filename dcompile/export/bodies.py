@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from dcompile.ir import ops
+from dcompile.ir import ops, routing
 from dcompile.ir.ops import NEG_INF, gumbel, rotate
 
 F = torch.nn.functional
@@ -78,22 +78,11 @@ def route(
     renormalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    z = logits.float()
-    s = torch.softmax(z, -1) if score == "softmax" else torch.sigmoid(z)
-    by = s if bias is None else s + bias.float()
-    by = torch.where(by.isnan(), NEG_INF, by)
-    rows, experts = by.shape
-    if groups > 1:
-        grouped = by.reshape(rows, groups, experts // groups)
-        best = grouped.topk(min(2, experts // groups), -1).values.sum(-1)
-        kept = torch.argsort(-best, dim=-1, stable=True)[:, :kept_groups]
-        keep = (kept[:, :, None] == torch.arange(groups)).any(1)
-        by = torch.where(keep[:, :, None], grouped, NEG_INF).reshape(rows, experts)
-    order = torch.argsort(-by, dim=-1, stable=True)[:, :top_k]
-    weights = s.gather(-1, order)
-    if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * scale, order.to(torch.int32)
+    """As `ops.route`, whose parts are plain torch already."""
+    s, keys = routing.scores(logits, bias, score, groups, kept_groups)
+    chosen = routing.best(keys, top_k)
+    share = routing.shares(logits, s, chosen, score, renormalize, scale)
+    return share.gather(-1, chosen), chosen.to(torch.int32)
 
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -92,6 +92,14 @@ def test_norm_rope_write(norms: str) -> None:
     same(in_onnx(f"{norms}_rope_write", given, wanted, heads=heads, **eps), wanted)
 
 
+@pytest.mark.parametrize("score", ops.SCORES)
+def test_the_body_of_route_knows_every_score(score: str) -> None:
+    logits, bias = torch.randn(17, 16), torch.randn(16)
+    given = (logits, bias, 3, score, 1, 1, False, 2.5)
+    for found, wanted in zip(BODIES[ops.ROUTE](*given), ops.route(*given), strict=True):
+        same(found, wanted)
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2), (8, 3)])
