@@ -130,9 +130,14 @@ def _weight(artifact: Artifact, buffer: Buffer) -> torch.Tensor:
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Tensor:
+    """Zeros that take memory only once they are written to: a plan may ask for more than it uses."""
+    size = prod(shape) * dtype.itemsize
     try:
-        return torch.zeros(shape, dtype=dtype)
-    except RuntimeError as error:
-        gib = prod(shape) * dtype.itemsize / 2**30
+        held = np.zeros(size + ALIGN, dtype=np.uint8)
+    except (MemoryError, ValueError) as error:
         remedy = "compile with a smaller --max-length or --batch"
-        raise ArtifactError(f"no memory for {what}: {gib:.1f} GiB", remedy=remedy) from error
+        raise ArtifactError(
+            f"no memory for {what}: {size / 2**30:.1f} GiB", remedy=remedy
+        ) from error
+    start = -held.ctypes.data % ALIGN
+    return torch.from_numpy(held[start : start + size]).view(dtype).reshape(shape)

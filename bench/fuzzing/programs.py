@@ -108,14 +108,19 @@ def _judged(error: DcompileError) -> tuple[str, str]:
 
 
 def _wanted(program: Program, inputs: Sequence[Case_], stages: Stages) -> list[Values] | None:
-    """What an edited trace itself chooses, run by torch as it stands; None where it is not finite."""
+    """What an edited trace itself chooses, run by torch as it stands; None where it is not finite.
+
+    Logits may be finite although values before them are not: torch's attention over queries that are no
+    numbers is 0, or something else in another of its kernels.
+    """
     out = []
     (choose,) = program.calls(ops.CHOOSE)
     for case in inputs:
         recorded = Recorded(program)
         with torch.no_grad():
             recorded.run(*stages.arguments(program, case))
-        if not bool(recorded.values[choose.args[0]].isfinite().all()):
+        numbers = not any(bool(v.isnan().any()) for v in recorded.values.values())
+        if not numbers or not bool(recorded.values[choose.args[0]].isfinite().all()):
             return None
         chosen = {
             str(user.args[1]): recorded.values[user]

@@ -22,7 +22,7 @@ from dcompile.passes.moe.algebra import (
     subst,
 )
 from dcompile.passes.moe.operators import HANDLERS
-from dcompile.passes.moe.reading import Reader, is_choice
+from dcompile.passes.moe.reading import Index, Reader, is_choice
 from dcompile.passes.moe.terms import ZERO, Chosen, Term, Var, join, quotient
 
 aten = torch.ops.aten
@@ -137,7 +137,13 @@ def as_it_stands(reader: Reader, choice: Chosen) -> Ranking:
     """Whatever is compared, it can be called logits."""
     ranked = choice.node.args[0]
     assert isinstance(ranked, Node)
-    return Ranking(reader.locate(ranked, (*choice.place[:-1], choice))[0], None)
+    return Ranking(_source(reader, ranked, (*choice.place[:-1], choice)), None)
+
+
+def _source(reader: Reader, node: Node, index: Index) -> Node:
+    """What `node` is a view of; itself where the view puts the experts in another order."""
+    found, place = reader.locate(node, index)
+    return found if place[-1] == index[-1] else node
 
 
 def _last_axis(node: Node) -> bool:
@@ -271,8 +277,8 @@ def _same_place(reader: Reader, source: object, mine: Ref, logits: Node, choice:
     if not isinstance(source, Node) or mine.index[-1] != choice:
         return False
     node, index = reader.locate(source, mine.index)
-    base, _ = reader.locate(logits, mine.index)
-    return node is base and index[-1] == choice
+    base, place = reader.locate(logits, mine.index)
+    return node is base and index[-1] == place[-1] == choice
 
 
 def _of_chosen(reader: Reader, mine: Ref, logits: Node, choice: Chosen) -> bool:
@@ -306,4 +312,4 @@ def _base(reader: Reader, logits: Node, choice: Chosen) -> Node:
     rank = value(logits).dim()
     place = reader.whole(logits)
     assert len(place) == rank
-    return reader.locate(logits, place)[0]
+    return _source(reader, logits, place)

@@ -216,6 +216,29 @@ def test_near_misses_are_left_alone_and_say_why(spelling: Spelling) -> None:
     assert torch.equal(run(program, tensors)[0], before)
 
 
+def of_sorted_groups(m: Mixture, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Which experts: places among the scores as sorted in each group, not of the scores."""
+    p = z.float().softmax(-1)
+    ordered = p.view(*p.shape[:-1], 2, -1).topk(p.shape[-1] // 2).values.reshape(p.shape)
+    index = ordered.topk(m.sizes.top_k).indices
+    w = p.gather(-1, index)
+    return w / w.sum(-1, keepdim=True), index
+
+
+def of_sorted_logits(m: Mixture, z: Tensor) -> tuple[Tensor, Tensor]:
+    index = z.float().sort(dim=-1, descending=True).values.topk(m.sizes.top_k).indices
+    return z.float().gather(-1, index).softmax(-1), index
+
+
+@pytest.mark.parametrize("router", [of_sorted_groups, of_sorted_logits])
+def test_places_in_another_order_are_not_experts(router: Router) -> None:
+    program, tensors = program_of(build(router, spellings.einsum_all), 7)
+    before = run(program, tensors)[0].clone()
+    fuse(program)
+    assert_close(run(program, tensors)[0], before.double(), 1e-5)
+    assert count(program, ops.ROUTE) == 0 and program.remarks
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     router=st.sampled_from(ROUTERS),
