@@ -5,50 +5,77 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from dcompile.codegen.targets import parse_target
 from dcompile.errors import ArtifactError, OptionError
 
 CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
 MANAGERS = ("blockwise", "canvas", "pipelined")
 
 
+def _asked(default: Any, text: str, *, flag: str | None = None, shown: str | None = None) -> Any:
+    """A field, what help says of it, and how it is spelled where its name does not say it."""
+    return field(default=default, metadata={"help": text, "flag": flag, "metavar": shown})
+
+
 @dataclass(frozen=True)
 class Options:
     """Compile-time choices; None means what the model's family or the machine suggests."""
 
-    target: str = "auto"  # auto (cpu), cpu, cuda, cuda:sm_80,sm_90
-    dtype: str = "auto"  # auto (as stored), float32, bfloat16, float16
-    max_length: int | None = None  # positions a sequence: prompt and generated tokens
-    batch: int = 1  # sequences in flight
-    block_length: int | None = None  # positions decoded together
-    policy: str | None = None  # which candidates commit: auto, a name, or file.py:name
-    score: str | None = None  # steps: by what it orders positions
-    manager: str = "blockwise"  # in which order positions are decided
-    max_blocks: int | None = None  # pipelined: blocks of a sequence undecided at a time
-    aligned: bool | None = None  # the first block begins at a multiple of the block length
-    cache: str | None = None  # which rows are recomputed
-    look_back: int = 16  # vicinity: rows before the block
-    look_ahead: int = 16  # vicinity: rows after it
-    warmup: int = 4  # vicinity: first iterations over all rows
-    refresh_every: int = 8  # periodic: iterations between refreshes
-    cross_block: bool = True  # block: the next block's first forward stores the block before it
-    smoothing: float | None = None  # iteration smoothing: the largest weight of the mixture
-    moe_capacity: float | None = None  # tokens an expert takes, by what an even share would be
-    moe_overflow: str | None = None  # what a token does that it does not take: drop, reroute
-    expert_pool: int | None = None  # experts that a block's tokens choose from
-    mask_id: int | None = None  # where the checkpoint does not say it
-    eos_ids: tuple[int, ...] | None = None
-    check: bool = False  # run the program before and after each pass, and compare
-    stop_after: str | None = None  # end the pipeline after this pass
-    skip: tuple[str, ...] = ()  # leave these passes out
-    threads: int | None = None  # of the machine that will run it
-    weights: str = "inside"  # inside the artifact, or external: in a folder beside it
+    target: str = _asked("auto", "auto (cpu), cpu, cuda, or cuda:sm_80,sm_90.")
+    dtype: str = _asked("auto", "auto (as stored), float32, bfloat16 or float16.")
+    max_length: int | None = _asked(None, "Positions a sequence: prompt and generated tokens.")
+    batch: int = _asked(1, "Sequences in flight.")
+    block_length: int | None = _asked(None, "Positions decoded together.")
+    policy: str | None = _asked(None, "Which candidates commit: auto, a name, or file.py:name.")
+    score: str | None = _asked(None, "steps: low_confidence, random, margin or entropy.")
+    manager: str = _asked(
+        "blockwise", "blockwise, canvas (all positions as one block) or pipelined (D2F)."
+    )
+    max_blocks: int | None = _asked(None, "pipelined: blocks of a sequence undecided at a time.")
+    aligned: bool | None = _asked(
+        None,
+        "The first block begins at a multiple of its length.",
+        flag="--aligned/--unaligned",
+    )
+    cache: str | None = _asked(
+        None, "Rows recomputed: none, prefix, dual, vicinity, periodic, active or block."
+    )
+    look_back: int = _asked(16, "vicinity: rows before the block.")
+    look_ahead: int = _asked(16, "vicinity: rows after it.")
+    warmup: int = _asked(4, "vicinity: first iterations over all rows.")
+    refresh_every: int = _asked(8, "periodic: iterations between refreshes.", shown="K")
+    cross_block: bool = _asked(
+        True,
+        "block: store a block in the next one's first forward, or in one of its own.",
+        flag="--cross-block/--no-cross-block",
+    )
+    smoothing: float | None = _asked(None, "Iteration smoothing: the mixture's largest weight.")
+    moe_capacity: float | None = _asked(
+        None, "An expert takes so many times its even share of a sequence's tokens."
+    )
+    moe_overflow: str | None = _asked(None, "What a token does beyond it: drop, or reroute.")
+    expert_pool: int | None = _asked(None, "Experts that the tokens of a block choose from.")
+    mask_id: int | None = _asked(None, "The mask token, where the checkpoint lacks it.")
+    eos_ids: tuple[int, ...] | None = _asked(
+        None, "Instead of the checkpoint's; repeatable.", flag="--eos-id"
+    )
+    check: bool = _asked(
+        False, "Run the program before and after each pass, and compare.", flag="--check"
+    )
+    stop_after: str | None = _asked(None, "End the pipeline after this pass.", shown="PASS")
+    skip: tuple[str, ...] = _asked((), "Leave a pass out; repeatable.", shown="PASS")
+    threads: int | None = _asked(None, "CPU threads of the machine that will run it.")
+    weights: str = _asked(
+        "inside", "In the artifact, or in a folder beside it.", shown="inside|external"
+    )
 
     def validate(self) -> None:
         """Raise OptionError where a value makes no sense."""
+        # Here, so that the command line knows its options without loading the compiler.
+        from dcompile.codegen.targets import parse_target
+
         for name in ("max_length", "batch", "block_length", "max_blocks", "threads"):
             number = getattr(self, name)
             if number is not None and number < 1:

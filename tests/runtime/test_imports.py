@@ -25,4 +25,4 @@ def test_the_loop_loads_no_compiler() -> None:
 
 def test_the_command_line_loads_no_torch() -> None:
     parts = loaded("dcompile.cli")
-    assert parts.startswith("['cli', 'errors'] ") and parts.endswith(" False")
+    assert parts.startswith("['cli', 'errors', 'options'] ") and parts.endswith(" False")

@@ -1,0 +1,61 @@
+"""The command line: `dcompile CHECKPOINT` compiles, the subcommands do the rest.
+
+Each command imports what it needs when it runs: `--help` loads no torch, `run` no compiler.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from dcompile.cli import generating, looking, making  # noqa: F401  (they register their commands)
+from dcompile.cli.app import app
+from dcompile.errors import DcompileError
+
+__all__ = ["app", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a named error, 2 wrong usage, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # A named interrupt lets half-made files be removed; by default a process just ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        app(_with_command(given), prog_name="dcompile")
+    except DcompileError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MemoryError:
+        typer.echo("MemoryError: this machine has too little memory for that", err=True)
+        sys.exit(1)
+
+
+def _with_command(arguments: list[str]) -> list[str]:
+    """`dcompile CHECKPOINT ...` means `dcompile compile CHECKPOINT ...`."""
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    if not arguments or arguments[0] in {*commands, "--help", "--version"}:
+        return arguments
+    return ["compile", *arguments]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"dcompile {version('dcompile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass

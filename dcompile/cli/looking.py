@@ -1,0 +1,139 @@
+"""Commands that look at an artifact: `explain`, `profile`, `verify`, `bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcompile.cli.app import (
+    ArtifactPath,
+    AsJson,
+    GenLength,
+    Quiet,
+    SetParameter,
+    Threads,
+    app,
+    telling,
+)
+from dcompile.cli.requests import parameters_of, prompts_of
+
+
+@app.command()
+def explain(
+    artifact: ArtifactPath,
+    pass_name: Annotated[str | None, typer.Argument(metavar="[PASS]")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--remarks", metavar="missed|passed|all", help="What was fused, what not."),
+    ] = None,
+    graph: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the graph (after PASS); or .dot.")
+    ] = None,
+    times: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="Run the passes again and time them.")
+    ] = None,
+) -> None:
+    """Show the passes and kernels of an artifact, or what one pass changed."""
+    from dcompile.explain import explain as explain_artifact
+    from dcompile.explain import pass_times, remarks, show
+
+    if graph is not None:
+        from dcompile.drawing import draw
+        from dcompile.explain import stage_after
+        from dcompile.runtime.artifact import open_artifact
+
+        draw(stage_after(open_artifact(artifact, verify=False), pass_name), graph)
+    elif kind is not None:
+        typer.echo(remarks(artifact, kind, pass_name), nl=False)
+    elif times is not None:
+        typer.echo(pass_times(artifact, times), nl=False)
+    else:
+        show(explain_artifact(artifact, pass_name))
+
+
+@app.command()
+def profile(
+    artifact: ArtifactPath,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(metavar="1,2,3")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE.jsonl")] = None,
+    gen_length: GenLength = None,
+    set_parameter: SetParameter = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Plain and timed generations, each.")] = 3,
+    launches: Annotated[bool, typer.Option("--launches", help="A line for every launch.")] = False,
+    as_json: AsJson = False,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Trace events, for ui.perfetto.dev.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One self-contained page.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="An artifact, or a profile's JSON.")
+    ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Generate, and show where time and memory went, launch by launch.
+
+    Without a prompt, from random tokens; always to the end of the generated length.
+    """
+    given = sum(each is not None for each in (prompt, prompt_ids, prompts))
+    if given > 1:
+        raise typer.BadParameter("give one of --prompt, --prompt-ids and --prompts")
+    asked = prompts_of(prompt, prompt_ids, prompts) if given else []
+    parameters = parameters_of(set_parameter or [])
+    from dcompile.profile.command import Asked, run_profile
+
+    with telling(quiet) as progress:
+        wanted = Asked(asked, gen_length, parameters, rounds, threads, progress)
+        shown = run_profile(artifact, wanted, compare_with=compare)
+        shown.write(trace, html)
+    shown.print(as_json, launches)
+
+
+@app.command()
+def verify(
+    artifact: ArtifactPath,
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that it came from.")],
+    run_model: Annotated[
+        bool,
+        typer.Option("--run/--no-run", help="Also run each pass's program, and each layer."),
+    ] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Compare an artifact with its checkpoint: each pass, each stored value, each layer."""
+    from dcompile.verify import verify as verify_artifact
+
+    with telling(quiet) as progress:
+        progress("loading")
+        report = verify_artifact(artifact, checkpoint, run_model=run_model, progress=progress)
+    typer.echo(report.rstrip("\n"))
+
+
+@app.command()
+def bench(
+    artifact: ArtifactPath,
+    against: Annotated[
+        str, typer.Option(metavar="eager,compile", help="Rivals, separated by commas.")
+    ] = "",
+    checkpoint: Annotated[Path | None, typer.Option(help="What the rivals run.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Positions in the sequence.")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time one forward of an artifact, beside its rivals and the machine's floor."""
+    from dcompile.bench import bench as bench_artifact
+
+    rivals = [name.strip() for name in against.split(",") if name.strip()]
+    with telling(quiet) as progress:
+        progress("measuring")
+        table = bench_artifact(
+            artifact, rivals, checkpoint, context=context, rounds=rounds, threads=threads
+        )
+    typer.echo(json.dumps(table.json()) if as_json else table.text(), nl=as_json)

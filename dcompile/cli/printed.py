@@ -1,0 +1,56 @@
+"""What `run` prints: texts, numbers of a result, blocks as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dcompile.runtime.loop import Result, Runner
+
+
+class Stream:
+    """Prints what each block added; of several prompts, each block on a line with its number."""
+
+    def __init__(self, runner: Runner, file: IO[str], several: bool) -> None:
+        self._runner, self._file, self._several = runner, file, several
+        self._tokens: dict[int, list[int]] = {}
+        self._printed: dict[int, str] = {}
+        self._ended: set[int] = set()
+
+    def __call__(self, index: int, tokens: list[int]) -> None:
+        so_far = self._tokens.setdefault(index, [])
+        for token in tokens:
+            if token in self._runner.limits.eos_ids:
+                self._ended.add(index)
+            if index not in self._ended:
+                so_far.append(token)
+        # A block may end inside a character; its other half comes with the next one.
+        text = shown(self._runner.decode(so_far), so_far).rstrip("\ufffd")
+        added = text[len(self._printed.get(index, "")) :]
+        self._printed[index] = text
+        line = f"[{index}] {added}\n" if self._several else added
+        print(line, end="", file=self._file, flush=True)
+
+    def end(self) -> None:
+        if not self._several:
+            print(file=self._file, flush=True)
+
+
+def print_numbered(index: int, result: Result) -> None:
+    line = json.dumps({"index": index, **asdict(result)}, ensure_ascii=False)
+    print(line, flush=True)
+
+
+def shown(text: str | None, tokens: Sequence[int]) -> str:
+    return text if text is not None else ",".join(map(str, tokens))
+
+
+def summary(result: Result) -> str:
+    return (
+        f"{len(result.tokens)} tokens, {result.forwards} forwards, "
+        f"{result.tokens_per_forward:.2f} tokens a forward, "
+        f"{result.tokens_per_second:.1f} tokens a second"
+    )

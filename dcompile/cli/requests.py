@@ -1,0 +1,85 @@
+"""What the command line asks a runner for: prompts, parameters, lengths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dcompile.errors import RequestError
+
+if TYPE_CHECKING:
+    from dcompile.runtime.loop import Result, Runner
+
+_DEFAULT_LENGTH = 128
+Prompt = str | list[int]
+
+
+def prompts_of(prompt: str | None, prompt_ids: str | None, file: Path | None) -> list[Prompt]:
+    if prompt is not None:
+        return [prompt]
+    if prompt_ids is not None:
+        try:
+            return [[int(part) for part in prompt_ids.split(",") if part.strip()]]
+        except ValueError as error:
+            raise typer.BadParameter("--prompt-ids takes numbers: 1,2,3") from error
+    assert file is not None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the prompts cannot be read: {error}", where=str(file)) from error
+    return [
+        _prompt_of(line, f"{file}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def _prompt_of(line: str, where: str) -> Prompt:
+    remedy = 'write {"prompt": "text"} or {"prompt_ids": [1, 2, 3]}'
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("the line is not JSON", where=where, remedy=remedy) from error
+    match item:
+        case {"prompt": str(text)} if "prompt_ids" not in item:
+            return text
+        case {"prompt_ids": list(ids)} if "prompt" not in item:
+            return ids
+    raise RequestError("the line has no prompt, or more than one", where=where, remedy=remedy)
+
+
+def parameters_of(assignments: Sequence[str]) -> dict[str, float]:
+    parameters = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        try:
+            parameters[name.strip().replace("-", "_")] = float(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"--set takes NAME=NUMBER, not {assignment!r}") from error
+    return parameters
+
+
+def generate(
+    runner: Runner,
+    prompts: Sequence[Prompt],
+    chat: bool,
+    gen_length: int | None,
+    parameters: dict[str, float],
+    **request: Any,
+) -> list[Result]:
+    known = set(runner.limits.parameters)
+    if unknown := sorted(set(parameters) - known):
+        what = "the compiled policy has no such parameter"
+        remedy = f"it has: {', '.join(sorted(known)) or 'none'}"
+        raise RequestError(what, where=unknown[0], remedy=remedy)
+    ids = [runner.encode(prompt, chat) for prompt in prompts]
+    length = default_gen_length(runner, ids) if gen_length is None else gen_length
+    return runner.generate(ids, gen_length=length, **{**request, **parameters})
+
+
+def default_gen_length(runner: Runner, ids: Sequence[list[int]]) -> int:
+    return runner.limits.default_length(max(map(len, ids), default=0), _DEFAULT_LENGTH)
