@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcompile.errors import OptionError
-from dcompile.ir import ops
+from dcompile.ir import noise, ops
 from dcompile.policies.base import Asked, Choice, Decision, Policy, first_best
 
 
@@ -94,7 +94,7 @@ def _choose(
         *found, score, probability, scores = ops.choose_asked(logits, live, *clock, tokens, mask_id)
         asked = Asked(tokens, probability, scores, score)
     token, confidence, margin, entropy = found
-    chance = ops.uniform(at.seed[:, None], at.tick[:, None], at.position)
+    chance = noise.uniform(at.seed[:, None], at.tick[:, None], at.position)
     return Choice(
         token,
         confidence,

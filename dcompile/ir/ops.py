@@ -10,40 +10,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir.routing import best, scores, shares
-
-NEG_INF = float("-inf")
-MASK32 = 0xFFFFFFFF
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (lowbias32) on int64 values below 2^32."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & MASK32
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & MASK32
-    return x ^ (x >> 16)
-
-
-def _key(seed: Tensor, tick: Tensor, pos: Tensor) -> Tensor:
-    high = (seed >> 32) & MASK32
-    key = _mix((seed & MASK32) ^ _mix(high))
-    key = _mix(key ^ (tick & MASK32))
-    return _mix((key + pos * 0x9E3779B9) & MASK32)
-
-
-def uniform(seed: Tensor, tick: Tensor, pos: Tensor) -> Tensor:
-    """f32 in (0, 1) of the broadcast shape, by request, iteration and position; no token's noise."""
-    return ((_mix(_key(seed, tick, pos) ^ 0x5BD1E995) >> 9).float() + 0.5) * 2.0**-23
-
-
-def gumbel(seed: Tensor, tick: Tensor, pos: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise f32 [C, V] that depends on nothing but request, iteration, position, token."""
-    key = _key(seed, tick, pos)
-    token = torch.arange(vocab_size, device=pos.device)
-    u = _mix((key[:, None] + token * 0x85EBCA6B) & MASK32)
-    uniform = ((u >> 8).double() + 0.5) * 2.0**-24
-    return (-torch.log(-torch.log(uniform))).float()
+from dcompile.ir import formulas, routing
+from dcompile.ir.formulas import NEG_INF
 
 
 @custom_op("dcompile::choose", mutates_args=())
@@ -63,7 +31,7 @@ def choose(
     logits / t + Gumbel noise.  confidence = softmax(logits)[token].
     """
     asked = torch.zeros(*live.shape, 0, dtype=torch.int64, device=live.device)
-    return _choose(logits, live, temperature, seed, tick, pos, asked, mask_id)[:4]
+    return formulas.choose_asked(logits, live, temperature, seed, tick, pos, asked, mask_id)[:4]
 
 
 @custom_op("dcompile::choose_asked", mutates_args=())
@@ -83,61 +51,7 @@ def choose_asked(
     [B, n, S], all f32.  A score is the logit, at a temperature t > 0 logit / t + Gumbel noise, for the
     mask id -inf.
     """
-    return _choose(logits, live, temperature, seed, tick, pos, asked, mask_id)
-
-
-def _choose(
-    logits: Tensor,
-    live: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    tick: Tensor,
-    pos: Tensor,
-    asked: Tensor,
-    mask_id: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, length, vocab_size = logits.shape
-    z = logits.reshape(-1, vocab_size).float()
-    z = torch.where(z.isnan(), NEG_INF, z)
-    p = torch.softmax(z, -1)
-    log_p = torch.log_softmax(z, -1)
-    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
-    is_mask = torch.arange(vocab_size, device=z.device) == mask_id
-    without = z.masked_fill(is_mask, NEG_INF)
-
-    def spread(row: Tensor) -> Tensor:
-        return row[:, None].expand(batch, length).reshape(-1)
-
-    t = spread(temperature)
-    score = without
-    if bool((t > 0).any()):
-        noise = gumbel(spread(seed), spread(tick), pos.reshape(-1), vocab_size)
-        noisy = without / torch.where(t > 0, t, 1.0)[:, None] + noise
-        score = torch.where((t > 0)[:, None], noisy, without)
-    # A row of nothing but the mask token would choose it: the first other id stands in.
-    floor = torch.finfo(torch.float32).min
-    token = torch.where(is_mask, NEG_INF, score.clamp_min(floor)).argmax(-1)
-    confidence = p.gather(-1, token[:, None])[:, 0]
-    best = p.masked_fill(is_mask, 0.0).topk(2, -1).values
-    margin = best[:, 0] - best[:, 1]
-    of = asked.reshape(len(z), -1)
-    on = live.reshape(-1)
-
-    def put(x: Tensor, off: float) -> Tensor:
-        # Of infinite logits no probability is a number; a policy has to go on all the same.
-        x = torch.where(x.isnan(), 0.0, x) if x.is_floating_point() else x
-        dead = on if x.dim() == 1 else on[:, None]
-        return torch.where(dead, x, off).reshape(batch, length, *x.shape[1:])
-
-    return (
-        put(token, -1),
-        put(confidence, NEG_INF),
-        put(margin, NEG_INF),
-        put(entropy, 0.0),
-        put(score.gather(-1, token[:, None])[:, 0], NEG_INF),
-        put(p.gather(-1, of), 0.0),
-        put(score.gather(-1, of), NEG_INF),
-    )
+    return formulas.choose_asked(logits, live, temperature, seed, tick, pos, asked, mask_id)
 
 
 def _choice_like(live: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -285,8 +199,7 @@ def _(q, keys, values, row_seq, row_limit, scale):  # type: ignore[no-untyped-de
 @custom_op("dcompile::add_rms_norm", mutates_args=())
 def add_rms_norm(x: Tensor, r: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(x + r, rms_norm(x + r)) along the last axis."""
-    total = x + r
-    return total, torch.nn.functional.rms_norm(total, (total.shape[-1],), weight, eps)
+    return formulas.add_rms_norm(x, r, weight, eps)
 
 
 @add_rms_norm.register_fake
@@ -297,25 +210,12 @@ def _(x, r, weight, eps):  # type: ignore[no-untyped-def]
 @custom_op("dcompile::silu_mul", mutates_args=())
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    return torch.nn.functional.silu(gate) * up
+    return formulas.silu_mul(gate, up)
 
 
 @silu_mul.register_fake
 def _(gate, up):  # type: ignore[no-untyped-def]
     return gate.new_empty(gate.shape)
-
-
-def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first rot of x [R, H, K] by tables [R, rot], halves paired (RoFormer, half split)."""
-    rot = cos.shape[-1]
-    head, tail = x[..., :rot].float(), x[..., rot:]
-    a, b = head.chunk(2, -1)
-    turned = head * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
-    return torch.cat((turned.to(x.dtype), tail), -1)
 
 
 @custom_op("dcompile::norm_rope_write", mutates_args=())
@@ -336,16 +236,9 @@ def norm_rope_write(
 
     qkv [R, (H + 2 G) K], cos and sin f32 [L, rot] -> q [R, H, K], keys and values [N, L, G, K].
     """
-    groups, size = keys.shape[2], keys.shape[3]
-    rows = qkv.reshape(-1, heads + 2 * groups, size)
-    q, k, v = rows.split([heads, groups, groups], 1)
-    if q_norm is not None:
-        q = _rms(q, q_norm, eps)
-    if k_norm is not None:
-        k = _rms(k, k_norm, eps)
-    q, k = (rotate(x, cos[row_pos], sin[row_pos]) for x in (q, k))
-    place = (row_seq, row_pos)
-    return q.contiguous(), keys.index_put(place, k), values.index_put(place, v)
+    return formulas.norm_rope_write(
+        qkv, q_norm, k_norm, cos, sin, row_seq, row_pos, keys, values, heads, eps
+    )
 
 
 @norm_rope_write.register_fake
@@ -377,10 +270,7 @@ def route(
     By group where groups > 1 (a group's score is the sum of its two best; the best kept_groups stay).
     NaN counts as lowest.
     """
-    s, keys = scores(logits, bias, score, groups, kept_groups)
-    chosen = best(keys, top_k)
-    share = shares(logits, s, chosen, score, renormalize, scale)
-    return share.gather(-1, chosen), chosen.to(torch.int32)
+    return routing.route(logits, bias, top_k, score, groups, kept_groups, renormalize, scale)
 
 
 @route.register_fake
@@ -390,7 +280,7 @@ def _(logits, bias, top_k, score, groups, kept_groups, renormalize, scale):  # t
     return weights, logits.new_empty((rows, top_k), dtype=torch.int32)
 
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS = tuple(formulas.ACTIVATIONS)
 
 
 @custom_op("dcompile::moe_ffn", mutates_args=())
@@ -410,12 +300,7 @@ def moe_ffn(
     A slot of expert -1 is empty.
     """
     F = torch.nn.functional
-    act = {
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-        "relu": F.relu,
-    }[activation]
+    act = formulas.ACTIVATIONS[activation]
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in [e for e in experts.unique().tolist() if e >= 0]:
         row, rank = (experts == e).nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""route with limits: what bounds the experts that a block reads, and the tokens that an expert gets."""
+"""Which experts a row takes, and the limits: experts that a block reads, tokens that an expert gets."""
 
 from __future__ import annotations
 
@@ -47,6 +47,23 @@ def shares(
     if renormalize:
         s = s / (s.gather(-1, chosen).sum(-1, keepdim=True) + 1e-20)
     return s * scale
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    score: str,
+    groups: int,
+    kept_groups: int,
+    renormalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `ops.route`."""
+    s, keys = scores(logits, bias, score, groups, kept_groups)
+    chosen = best(keys, top_k)
+    share = shares(logits, s, chosen, score, renormalize, scale)
+    return share.gather(-1, chosen), chosen.to(torch.int32)
 
 
 @custom_op("dcompile::route_limited", mutates_args=())

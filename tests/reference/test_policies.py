@@ -15,7 +15,7 @@ from reference_policies import REFERENCES, Memory, Seen, choose, iterate
 
 from dcompile.choosing import Blocks, write_tokens
 from dcompile.combine import allowed
-from dcompile.ir import ops
+from dcompile.ir import noise, ops
 from dcompile.plain import fresh_state
 from dcompile.policies import Policy, find_policy, policy_names
 
@@ -113,7 +113,7 @@ def seen_of(s: Situation, logits: np.ndarray, blocks: Blocks, z: torch.Tensor) -
     token, confidence, margin, entropy = (
         x[0].numpy() for x in ops.choose(z, everywhere, *clock, MASK)
     )
-    chance = ops.uniform(blocks.seed[:, None], blocks.tick[:, None], blocks.position)
+    chance = noise.uniform(blocks.seed[:, None], blocks.tick[:, None], blocks.position)
     return Seen(
         logits=logits,
         token=token.tolist(),
