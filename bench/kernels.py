@@ -3,8 +3,10 @@
     python bench/kernels.py [--threads 1 2] [--rows 8 32 64] [--only moe] [--contexts 128 8192] [--json FILE]
 
 The floor of a call is max(bytes / bandwidth, FLOPs / rate) by the probes of dcompile/floor.py, measured
-here just before; weights are rotated through copies larger than the caches; kernel and torch take turns,
-and the medians stand in the table, with the quartiles of the kernel's times.
+here just before, and its bytes those of weights and caches, as `dcompile profile` counts them (floors.py
+compares the two); where there are none, all that is read and written. Weights are rotated through copies
+larger than the caches; kernel and torch take turns, and the medians stand in the table, with the quartiles
+of the kernel's times.
 """
 
 from __future__ import annotations
@@ -92,8 +94,8 @@ def copies(nbytes: float) -> int:
 # ---- the cases
 
 
-def linear(m: Model, R: int, t: str) -> Case:
-    N, K = 3 * m.hidden, m.hidden
+def linear(m: Model, R: int, t: str, N: int = 0, K: int = 0) -> Case:
+    N, K = N or 3 * m.hidden, K or m.hidden
     n = copies(N * K * TYPES[t].itemsize)
     ws = [torch.randn(N, K).to(TYPES[t]) for _ in range(n)]
     x, y = torch.randn(R, K).to(TYPES[t]), torch.empty(R, N, dtype=TYPES[t])
@@ -104,7 +106,7 @@ def linear(m: Model, R: int, t: str) -> Case:
         f"linear_{t}",
         calls,
         lambda i: F.linear(x, ws[i]),
-        size * (N * K + R * (N + K)),
+        size * N * K,
         R * N * K,
     )
 
@@ -141,7 +143,7 @@ def moe(m: Model, R: int, t: str, touched: int | None = None) -> Case:
         f"moe_ffn_{t}",
         calls,
         eager,
-        size * (read * 3 * D * W + 2 * R * D),
+        size * read * 3 * D * W,
         R * k * 3 * D * W,
     )
 
@@ -166,15 +168,15 @@ def attend(m: Model, R: int, t: str, context: int | None = None) -> Case:
     return Case(f"attend {L}", f"attend_{t}", calls, eager, size * 2 * L * H * D, 2 * R * L * H * D)
 
 
-def vocab(m: Model, R: int, t: str, temperature: float = 0.0) -> Case:
-    D, V = m.hidden, m.vocab
+def vocab(m: Model, R: int, t: str, temperature: float = 0.0, live: int | None = None) -> Case:
+    D, V, live = m.hidden, m.vocab, R if live is None else live
     size = TYPES[t].itemsize
     n = copies(V * D * size)
     ws = [(torch.randn(V, D) * D**-0.5).to(TYPES[t]) for _ in range(n)]
     x = torch.randn(R, D).to(TYPES[t])
     token, outs = torch.empty(R, dtype=torch.long), [torch.empty(R) for _ in range(3)]
-    live, zero = torch.ones(R, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
-    tail = (live, torch.tensor([temperature]), zero, zero, torch.arange(R), R, 1, V, D, V - 1)
+    asked, zero = (torch.arange(R) < live).to(torch.uint8), torch.zeros(1, dtype=torch.long)
+    tail = (asked, torch.tensor([temperature]), zero, zero, torch.arange(R), R, 1, V, D, V - 1)
     calls: list[list[Value]] = [[token, *outs, x, pack.pack_linear(w), None, *tail] for w in ws]
 
     def eager(i: int) -> object:
@@ -186,7 +188,7 @@ def vocab(m: Model, R: int, t: str, temperature: float = 0.0) -> Case:
         return p.gather(1, z.argmax(-1, keepdim=True)), p.topk(2), -(p * p.log()).nansum(-1)
 
     name = "vocab_choice" + (" noisy" if temperature else "")
-    return Case(name, f"vocab_choice_{t}", calls, eager, size * (V * D + R * D), R * V * D)
+    return Case(name, f"vocab_choice_{t}", calls, eager, size * V * D, live * V * D)
 
 
 def rms_norm(m: Model, R: int, t: str) -> Case:

@@ -9,15 +9,27 @@ from typing import Any
 
 import pytest
 
-# What may not be wider than the page, but for what scrolls by itself.
+# What is wider than the page, but for what lies in one of the containers that are meant to scroll.
 OVERFLOWING = """
 const wide = document.documentElement.clientWidth;
-const scroll = (e) => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX);
-const scrolls = (e) => e && (scroll(e) || scrolls(e.parentElement));
-return [...document.body.querySelectorAll('*')].filter((e) => {
-  const box = e.getBoundingClientRect();
-  return box.width && (box.right > wide + 1 || box.left < -1) && !scrolls(e.parentElement);
-}).map((e) => e.tagName + '.' + e.className + '#' + e.id);
+const page = document.documentElement.scrollWidth > wide ? ['the page'] : [];
+return page.concat([...document.body.querySelectorAll('*')].filter((e) => {
+  const box = e.getBoundingClientRect(), held = e.parentElement.closest(arguments[0]);
+  return box.width && (box.right > wide + 1 || box.left < -1) && !held;
+}).map((e) => e.tagName + '.' + e.className + '#' + e.id));
+"""
+# Containers that a keyboard cannot reach, or whose right end cannot be scrolled into view.
+UNREACHABLE = """
+return [...document.querySelectorAll(arguments[0])].filter((e) => e.checkVisibility()).filter((e) => {
+  e.scrollLeft = 0;
+  const start = e.scrollWidth - e.clientWidth;
+  e.scrollLeft = e.scrollWidth;
+  const cells = [...e.querySelectorAll('tr > :last-child')];
+  const shown = cells.every((c) => c.getBoundingClientRect().right <= e.getBoundingClientRect().right + 1);
+  const moved = Math.abs(e.scrollLeft - start) <= 1;
+  e.scrollLeft = 0;
+  return e.tabIndex !== 0 || getComputedStyle(e).overflowX !== 'auto' || !moved || !shown;
+}).map((e) => e.tagName + '.' + e.className);
 """
 
 

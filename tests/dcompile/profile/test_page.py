@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from browser import OVERFLOWING, browser
+from browser import OVERFLOWING, UNREACHABLE, browser
 
 from dcompile.errors import OptionError
 from dcompile.profile import Capture
@@ -15,6 +15,7 @@ from dcompile.profile.plots import pictures
 from dcompile.profile.sources import source_of
 from dcompile.profile.summary import Profile
 
+SCROLLING = ".scroll, pre"
 SHOWN = "return [...document.querySelectorAll('svg')].filter((e) => e.checkVisibility()).length"
 COLUMN = """
 const [table, at] = arguments;
@@ -65,12 +66,20 @@ def test_without_matplotlib_the_error_says_what_to_install(
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 420])
 def test_in_a_browser(html: Path, profile: Profile, width: int, dark: bool) -> None:
     with browser(width, 900, dark) as tab:
         tab.get(html.as_uri())
         assert tab.get_log("browser") == []
-        assert tab.execute_script(OVERFLOWING) == []
+        tab.execute_script(
+            "document.querySelectorAll('details').forEach((e) => { e.open = true; })"
+        )
+        assert tab.execute_script(OVERFLOWING, SCROLLING) == []
+        assert tab.execute_script(UNREACHABLE, SCROLLING) == []
+        scrolled = "return [...document.querySelectorAll('.scroll')].map((e) => e.scrollWidth > e.clientWidth)"
+        assert any(tab.execute_script(scrolled)) == (width < 600), "only the phone scrolls a table"
+        tall = "return Math.max(...[...document.querySelectorAll('tr')].map((e) => e.offsetHeight))"
+        assert tab.execute_script(tall) < 80, "names are broken at a few places, not at each letter"
         assert tab.execute_script(SHOWN) == 5, "one of the two widths of each picture"
         background = tab.execute_script("return getComputedStyle(document.body).backgroundColor")
         red = int(re.findall(r"\d+", background)[0])
