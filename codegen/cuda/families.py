@@ -17,7 +17,9 @@ from dcompile.codegen.kernels import (
     norm_rope_write,
     norms,
     route,
+    route_limited,
     silu_mul,
+    soft_embed,
     vocab_choice,
 )
 from dcompile.codegen.kernels.variant import Expression, Lowering
@@ -27,6 +29,7 @@ from dcompile.errors import UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.edit import add_weight, fake_mode, value
 from dcompile.ir.program import Program
+from dcompile.ir.routing import ROUTE_LIMITED
 from dcompile.ir.show import SHORT, show_node
 from dcompile.ir.sizes import elements, shape_of
 from dcompile.ir.weights import Stack
@@ -362,6 +365,47 @@ def _route(f: Families, node: Node) -> Site | None:
     return Site(lowering, named | operands(logits=logits), [weights, experts], [node])
 
 
+def _route_limited(f: Families, node: Node) -> Site | None:
+    logits, bias, *places, top_k, score, groups, kept, renormalize = node.args[:11]
+    scale, capacity, reroute, pool = node.args[11:]
+    if score not in route.SCORES:
+        raise f.refuse(
+            node, f"the router's score is {score!r}, kernels have {', '.join(route.SCORES)}"
+        )
+    dtype = short(logits)
+    if dtype is None:
+        return None
+    weights, experts = all_outputs(f.program, node, 2)
+    lowering = route_limited.launches(
+        **{"rows": f.rows(logits), "blocks": f.rows(places[2], 0), "slots": f.program.shape.slots},
+        **{"block_length": int(value(places[3]).shape[-1]), "dtype": dtype},
+        **{"num_experts": int(value(logits).shape[-1]), "top_k": top_k, "score": score},
+        **{"groups": int(groups), "kept_groups": int(kept), "renormalize": bool(renormalize)},
+        **{"scale": float(scale), "capacity": float(capacity), "pool": int(pool)},
+        overflow_reroutes=bool(reroute),
+        bias=SHORT[value(bias).dtype] if bias is not None else None,
+    )
+    named = operands(weights=weights, experts=experts, logits=logits, bias=bias)
+    named |= operands(
+        **dict(zip(("row_seq", "row_pos", "block_seq", "block_pos"), places, strict=True))
+    )
+    return Site(lowering, named, [weights, experts], [node])
+
+
+def _soft_embed(f: Families, node: Node) -> Site | None:
+    x, weight, bias, table, live, factor = node.args
+    dtype = short(x, weight, bias, table)
+    if dtype is None or SHORT[value(live).dtype] != "bool":
+        return None
+    vocab, hidden = (int(d) for d in value(weight).shape)
+    lowering = soft_embed.launches(
+        **{"rows": f.rows(live, 0), "vocab": vocab, "hidden": hidden, "dtype": dtype},
+        **{"width": int(value(table).shape[-1]), "arch": f.arch, "bias": bias is not None},
+    )
+    named = operands(y=node, x=x, w=weight, bias=bias, table=table, live=live, weight=factor)
+    return Site(lowering, named, [node], [node])
+
+
 def _moe_ffn(f: Families, node: Node) -> Site | None:
     x, weights, experts, gate_up, down, gate_up_bias, down_bias, activation = node.args
     dtype = short(x, gate_up, down, gate_up_bias, down_bias)
@@ -383,6 +427,7 @@ def _moe_ffn(f: Families, node: Node) -> Site | None:
         **{"top_k": int(value(weights).shape[-1]), "dtype": dtype, "arch": f.arch},
         **{"activation": activation, "gate_up_bias": gate_up_bias is not None},
         **{"down_bias": down_bias is not None, "shared": shared},
+        limited=any(True for _ in f.program.calls(ROUTE_LIMITED)),
     )
     named = operands(
         **{"y": out, "x": x, "weights": weights, "experts": experts, "gate_up": gate_up},
@@ -491,6 +536,8 @@ TABLE: dict[object, Chooser] = {
     ops.NORM_ROPE_WRITE: _norm_rope_write,
     ops.ATTEND: _attend,
     ops.ROUTE: _route,
+    ROUTE_LIMITED: _route_limited,
+    ops.VOCAB_SOFT_EMBED: _soft_embed,
     ops.MOE_FFN: _moe_ffn,
     ops.VOCAB_CHOICE: _vocab_choice,
     ops.VOCAB_CHOICE_ASKED: _vocab_choice,

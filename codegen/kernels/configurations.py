@@ -102,6 +102,15 @@ def vocab_tiles(vocab: int, hidden: int, dtype: str, arch: int) -> Tiles:
     return Tiles(32, 64, 128, splits, 4, 4)
 
 
+def mixture_tiles(width: int, vocab: int, dtype: str, arch: int) -> Tiles:
+    """Of a mixture of embeddings: a product [rows, vocab] x [vocab, width], split over the vocabulary."""
+    if dtype == "f32":
+        return replace(FLOAT32, splits=min(8, -(-vocab // 1024)))
+    columns = -(-width // 64)
+    splits = min(8, max(1, 2 * ARCHITECTURES[arch].processors // columns), -(-vocab // 1024))
+    return Tiles(32, 64, 64, splits, 4, 3)
+
+
 def attend_tiles(
     window: int, heads: int, groups: int, head_size: int, dtype: str, arch: int
 ) -> Tiles:

@@ -18,11 +18,13 @@ PRODUCTS = frozenset(
     (
         *("linear:linear", "linear:gated", "attend:attend", "route:route_product"),
         *("moe_ffn:gate_up", "moe_ffn:down", "vocab_choice:choose_partly"),
+        *("soft_embed:soften", "soft_embed:mix"),
     )
 )
 ROW_LENGTH = {
     **{"linear:linear": "K", "linear:gated": "K", "route:route_product": "K"},
     **{"moe_ffn:gate_up": "K", "moe_ffn:down": "K", "vocab_choice:choose_partly": "D"},
+    **{"soft_embed:soften": "D", "soft_embed:mix": "N"},
     **{"attend:attend": "SIZE", "norms:rms_norm": "D", "gather:gather_rows": "WIDTH"},
     **{"gather:canvas_embedding": "WIDTH", "silu_mul:activate_and_multiply": "F"},
 }

@@ -36,10 +36,14 @@ from dcompile.codegen.kernels.variant import ConstantValue, Expression, Lowering
 
 @triton.jit
 def expert_of(experts, slot, live, E: tl.constexpr, TOP: tl.constexpr, SHARED: tl.constexpr):
-    """The expert of slots (r, j) = r (TOP + SHARED) + j; a shared one from j = TOP on."""
+    """The expert of slots (r, j) = r (TOP + SHARED) + j; a shared one from j = TOP on.
+
+    A slot without an expert (-1, of limited routing) is behind all.
+    """
     r = slot // (TOP + SHARED)
     j = slot % (TOP + SHARED)
     routed = tl.load(experts + r * TOP + j, mask=live & (j < TOP), other=0)
+    routed = tl.where(routed < 0, E + SHARED, routed)
     return tl.where(j < TOP, routed, E + j - TOP)
 
 
@@ -134,6 +138,7 @@ def down(
     w,
     bias,
     weights,
+    experts,
     order,
     counts,
     partial,
@@ -149,9 +154,10 @@ def down(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """y [rows, N], hidden [rows CHOICES, K], w [EXPERTS, N, K], weights f32 [rows, TOP].
+    """y [rows, N], hidden [rows CHOICES, K], w [EXPERTS, N, K], weights f32, experts i32 [rows, TOP].
 
-    partial f32 [rows CHOICES, N]; ticket i32 [column tiles].
+    experts are given where a slot may be without one (-1).  partial f32 [rows CHOICES, N]; ticket i32
+    [column tiles].
     """
     tile = tl.program_id(0)
     expert, first, left, tiles = find_tile(counts, tile, EXPERTS, EP, BM)
@@ -171,34 +177,52 @@ def down(
         place = slot[:, None] * N + column[None, :]
         tl.store(partial + place, acc * weight[:, None], mask=live[:, None] & inside[None, :])
         if arrives_last(ticket + tl.program_id(1), tiles):
-            combine(y, partial, column, inside, rows, CHOICES, N, BM)
+            combine(y, partial, experts, column, inside, rows, CHOICES, TOP, N, BM)
 
 
 @triton.jit
 def combine(
     y,
     partial,
+    experts,
     column,
     inside,
     rows,
     CHOICES: tl.constexpr,
+    TOP: tl.constexpr,
     N: tl.constexpr,
     BM: tl.constexpr,
 ):
     """y[r] = sum over j of partial[r, j], in the order of j, for one tile of columns and all rows."""
     for base in range(0, rows, BM):
         row = base + tl.arange(0, BM)
-        here = (row < rows)[:, None] & inside[None, :]
-        total = tl.load(
-            partial + row[:, None] * (CHOICES * N) + column[None, :],
-            mask=here,
-            other=0.0,
-            cache_modifier=".cg",
-        )
+        total = part_of(partial, experts, row, 0, column, inside, rows, CHOICES, TOP, N)
         for j in range(1, CHOICES):
-            at = partial + (row[:, None] * CHOICES + j) * N + column[None, :]
-            total += tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
+            total += part_of(partial, experts, row, j, column, inside, rows, CHOICES, TOP, N)
+        here = (row < rows)[:, None] & inside[None, :]
         tl.store(y + row[:, None] * N + column[None, :], total.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def part_of(
+    partial,
+    experts,
+    row,
+    j,
+    column,
+    inside,
+    rows,
+    CHOICES: tl.constexpr,
+    TOP: tl.constexpr,
+    N: tl.constexpr,
+):
+    """partial[r, j] of a tile of rows and columns; 0 where the slot has no expert."""
+    taken = row < rows
+    if experts is not None:
+        routed = taken & (j < TOP)
+        taken = taken & (tl.load(experts + row * TOP + j, mask=routed, other=0) >= 0)
+    at = partial + (row[:, None] * CHOICES + j) * N + column[None, :]
+    return tl.load(at, mask=taken[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
 
 
 def launches(
@@ -214,12 +238,14 @@ def launches(
     gate_up_bias: bool = False,
     down_bias: bool = False,
     shared: int = 0,
+    limited: bool = False,
     up_tiles: Tiles | None = None,
     out_tiles: Tiles | None = None,
 ) -> Lowering:
     """Operands y, x [rows, hidden], weights f32, experts i32 [rows, top_k], gate_up, down and their biases.
 
     gate_up [num_experts + shared, 2 width, hidden] (gate first), down [num_experts + shared, hidden, width].
+    With `limited` a slot may have the expert -1, and adds nothing; some slot must have one.
     """
     up = up_tiles or gate_up_tiles(width, hidden, num_experts + shared, dtype, arch)
     out = out_tiles or down_tiles(hidden, width, num_experts + shared, dtype, arch)
@@ -267,10 +293,11 @@ def launches(
         Scratch("partial", "f32", {"mul": [slots, hidden]}),
         Scratch("ticket", "i32", cdiv(hidden, out.columns), zeroed=True),
     )
-    last = f"moe_ffn_down_d{hidden}f{width}{name}{'_bias' if down_bias else ''}_{dtype}"
+    marks = f"{'_limited' if limited else ''}{'_bias' if down_bias else ''}"
+    last = f"moe_ffn_down_d{hidden}f{width}{name}{marks}_{dtype}"
     grid = _over_tiles(slots, num_experts + shared, hidden, out)
     constants = {**of_tiles, "TOP": top_k, "N": hidden, "K": width}
-    second = _down(last, rows, dtype, down_bias, constants, out, grid)
+    second = _down(last, rows, dtype, down_bias, limited, constants, out, grid)
     return Lowering((sort, first, second), scratch)
 
 
@@ -279,6 +306,7 @@ def _down(
     rows: Expression,
     dtype: str,
     bias: bool,
+    limited: bool,
     constants: dict[str, ConstantValue],
     tiles: Tiles,
     shape: Shape,
@@ -289,6 +317,7 @@ def _down(
         operand("w", dtype, called="down"),
         operand("bias", dtype, bias, called="down_bias"),
         operand("weights", "f32"),
+        operand("experts", "i32", limited),
         *(temporary(n, "i32") for n in ("order", "counts")),
         temporary("partial", "f32"),
         temporary("ticket", "i32"),

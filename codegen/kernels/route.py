@@ -24,102 +24,10 @@ from dcompile.codegen.kernels.assemble import (
     power_of_two,
     temporary,
 )
+from dcompile.codegen.kernels.choice import choose
 from dcompile.codegen.kernels.configurations import Tiles
 from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
 from dcompile.codegen.kernels.variant import ConstantValue, Expression, Lowering, Scratch
-
-
-@triton.jit
-def choose(
-    weights,
-    experts,
-    z,
-    bias,
-    row,
-    live,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-    TOP: tl.constexpr,
-    TP: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    BY_LOGITS: tl.constexpr,
-    OF_CHOSEN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    SCALE: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """Route rows with logits z f32 [BM, EP]; columns from E on are padding."""
-    e = tl.arange(0, EP)
-    real = (e < E)[None, :]
-    if SIGMOID:
-        s = 1.0 / (1.0 + tl.exp(-z))
-    else:
-        top = tl.max(tl.where(real, z, float("-inf")), 1)
-        raised = tl.where(real, tl.exp(z - top[:, None]), 0.0)
-        s = raised / tl.sum(raised, 1)[:, None]
-    by = z if BY_LOGITS else s
-    if bias is not None:
-        by = by + tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-    by = tl.where(real & (by == by), by, float("-inf"))
-    if GROUPS > 1:
-        by = tl.where(kept_groups(by, e, E // GROUPS, GROUPS, KEPT, EP, BM), by, float("-inf"))
-    left = tl.broadcast_to(real, [BM, EP])  # what is still to be chosen
-    t = tl.arange(0, TP)
-    found = tl.zeros([BM, TP], tl.float32)
-    index = tl.zeros([BM, TP], tl.int32)
-    for rank in tl.static_range(TOP):
-        best = tl.max(tl.where(left, by, float("-inf")), 1)
-        first = tl.min(tl.where(left & (by == best[:, None]), e[None, :], EP), 1)
-        mine = e[None, :] == first[:, None]
-        weight = tl.sum(tl.where(mine, z if OF_CHOSEN else s, 0.0), 1)
-        found = tl.where(t[None, :] == rank, weight[:, None], found)
-        index = tl.where(t[None, :] == rank, first[:, None], index)
-        left = left & (e[None, :] != first[:, None])
-    if OF_CHOSEN:
-        taken = tl.where((t < TOP)[None, :], found, float("-inf"))
-        lifted = tl.exp(taken - tl.max(taken, 1)[:, None])
-        found = lifted / tl.sum(lifted, 1)[:, None]
-    if RENORMALIZE:
-        found = found / (tl.sum(found, 1) + 1e-20)[:, None]
-    here = live[:, None] & (t < TOP)[None, :]
-    place = row[:, None] * TOP + t[None, :]
-    tl.store(weights + place, found * SCALE, mask=here)
-    tl.store(experts + place, index, mask=here)
-
-
-@triton.jit
-def kept_groups(
-    by,
-    e,
-    SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    EP: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """Which experts are of the KEPT best groups, bool [BM, EP]."""
-    GP: tl.constexpr = 16 if GROUPS <= 16 else EP
-    g = tl.arange(0, GP)
-    scores = tl.zeros([BM, GP], tl.float32)
-    for group in tl.static_range(GROUPS):
-        member = tl.where((e // SIZE == group)[None, :], by, float("-inf"))
-        best = tl.max(member, 1)
-        score = best
-        if SIZE > 1:
-            first = tl.min(tl.where(member == best[:, None], e[None, :], EP), 1)
-            second = tl.where(e[None, :] == first[:, None], float("-inf"), member)
-            score = best + tl.max(second, 1)
-        scores = tl.where(g[None, :] == group, score[:, None], scores)
-    left = tl.broadcast_to((g < GROUPS)[None, :], [BM, GP])
-    kept = tl.broadcast_to((e < 0)[None, :], [BM, EP])
-    for _ in tl.static_range(KEPT):
-        best_group = tl.max(tl.where(left, scores, float("-inf")), 1)
-        chosen = tl.min(tl.where(left & (scores == best_group[:, None]), g[None, :], GP), 1)
-        kept = kept | (e[None, :] // SIZE == chosen[:, None])
-        left = left & (g[None, :] != chosen[:, None])
-    return kept
 
 
 @triton.jit
@@ -241,7 +149,7 @@ def route_product(
 SCORES = ("softmax", "sigmoid", "softmax_by_logits", "sigmoid_by_logits", "softmax_chosen")
 
 
-def _constants(
+def constants_of(
     num_experts: int,
     top_k: int,
     score: str,
@@ -262,7 +170,7 @@ def _constants(
     }
 
 
-def _name(constants: dict[str, ConstantValue], biased: bool) -> str:
+def name_of(constants: dict[str, ConstantValue], biased: bool) -> str:
     score = "sigmoid" if constants["SIGMOID"] else "softmax"
     if constants["BY_LOGITS"]:
         score += "_chosen" if constants["OF_CHOSEN"] else "_by_logits"
@@ -285,9 +193,9 @@ def launches(
     bias: str | None = None,
 ) -> Lowering:
     """Operands weights, experts [rows, top_k], logits [rows, num_experts] of `dtype`, bias of dtype `bias`."""
-    constants = _constants(num_experts, top_k, score, groups, kept_groups, renormalize, scale)
+    constants = constants_of(num_experts, top_k, score, groups, kept_groups, renormalize, scale)
     step = assemble(
-        f"route_{_name(constants, bias is not None)}_{dtype}",
+        f"route_{name_of(constants, bias is not None)}_{dtype}",
         "route:route",
         [
             operand("weights", "f32"),
@@ -328,10 +236,10 @@ def product_launches(
     by = w_dtype or dtype
     tiles = tiles or Tiles(16, 0, 64 if by != "f32" else 32, splits=max(1, hidden // 256))
     suffix = "" if by == dtype else f"_by_{by}"
-    constants = _constants(num_experts, top_k, score, groups, kept_groups, renormalize, scale)
+    constants = constants_of(num_experts, top_k, score, groups, kept_groups, renormalize, scale)
     row_tiles: Expression = {"cdiv": [rows, tiles.rows]}
     step = assemble(
-        f"route_product_d{hidden}_{_name(constants, bias is not None)}_{dtype}{suffix}",
+        f"route_product_d{hidden}_{name_of(constants, bias is not None)}_{dtype}{suffix}",
         "route:route_product",
         [
             operand("weights", "f32"),

@@ -13,7 +13,9 @@ from dcompile.codegen.kernels import (
     norm_rope_write,
     norms,
     route,
+    route_limited,
     silu_mul,
+    soft_embed,
     vocab_choice,
 )
 from dcompile.codegen.kernels.variant import Lowering, Variant
@@ -103,6 +105,10 @@ def lowerings(model: Model, arch: int, positions: int = 4096) -> list[Lowering]:
             **{"sequences": B, "length": m.block, "hidden": m.hidden, "vocab": m.vocab},
             **{"mask_id": m.mask, "dtype": dtype, "arch": arch},
         ),
+        soft_embed.launches(
+            **{"rows": R, "vocab": m.vocab, "hidden": m.hidden, "width": m.hidden},
+            **{"dtype": dtype, "arch": arch},
+        ),
         *(
             commit.launches(
                 **{"sequences": B, "length": m.block, "positions": positions},
@@ -120,14 +126,18 @@ def _experts(m: Model, e: Experts, arch: int) -> list[Lowering]:
         **{"groups": e.groups, "kept_groups": e.kept, "renormalize": e.renormalize},
         **{"scale": e.scale, "dtype": "bf16"},
     }
+    limits = {"capacity": 1.5, "overflow_reroutes": True, "pool": e.count // 2}
+    experts = {
+        **{"rows": R, "hidden": m.hidden, "width": e.width, "num_experts": e.count},
+        **{"top_k": e.top_k, "dtype": "bf16", "arch": arch, "shared": e.shared},
+    }
     return [
         linear.launches(rows=R, n=e.count, k=m.hidden, dtype="bf16", arch=arch),
         route.launches(**router),
         route.product_launches(hidden=m.hidden, **router),
-        moe_ffn.launches(
-            **{"rows": R, "hidden": m.hidden, "width": e.width, "num_experts": e.count},
-            **{"top_k": e.top_k, "dtype": "bf16", "arch": arch, "shared": e.shared},
-        ),
+        route_limited.launches(blocks=B, slots=8, block_length=m.block, **limits, **router),
+        moe_ffn.launches(**experts),
+        moe_ffn.launches(limited=True, **experts),
     ]
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import fake_cuda
 import interpreter  # first of all
+import pytest
 import torch
 from checkpoints import write_checkpoint
+from fake_cuda import FakeCuda
 from interpreted_gpu import InterpretedGpu
 
 from dcompile.driver import compile_checkpoint
@@ -20,11 +22,17 @@ assert interpreter
 PROMPTS = [[1, 2, 3, 4, 5], [3, 1, 4]]
 
 
-def test_tokens_are_those_of_the_cpu(tmp_path: Path) -> None:
-    """With the loop of a block inside a graph."""
+def same_tokens(tmp_path: Path, layers: int, **options: object) -> tuple[CudaExecutor, FakeCuda]:
+    """Both artifacts' tokens and forwards in float32, the GPU's through its runtime."""
     torch.set_num_threads(1)
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", "llada_moe")
-    given = Options(max_length=24, batch=2, block_length=4, cache="dual")
+    checkpoint = write_checkpoint(
+        tmp_path / "checkpoint",
+        "llada_moe",
+        num_hidden_layers=layers,
+        moe_layer_freq=[1] * layers,
+        num_experts=4,
+    )
+    given = Options(max_length=24, batch=2, block_length=4, cache="dual", **options)  # type: ignore[arg-type]
     cpu = compile_checkpoint(checkpoint, given, tmp_path / "cpu.dcx")
     made = compile_checkpoint(checkpoint, given.changed(target="cuda:sm_90"), tmp_path / "gpu.dcx")
     artifact = open_artifact(made)
@@ -38,6 +46,32 @@ def test_tokens_are_those_of_the_cpu(tmp_path: Path) -> None:
         found = Runner(artifact, executor).generate(PROMPTS, **asked)  # type: ignore[arg-type]
     for one, other in zip(wanted, found, strict=True):
         assert (one.all_tokens, one.forwards) == (other.all_tokens, other.forwards)
-    assert gpu.interpreted > 100 and executor.graph_launches
-    assert any(line == "turn 1" for line in fake.log)
+    assert gpu.interpreted > 100
     assert len({token for result in found for token in result.all_tokens}) > 2
+    return executor, fake
+
+
+def test_tokens_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """With the loop of a block inside a graph."""
+    executor, fake = same_tokens(tmp_path, layers=2)
+    assert executor.graph_launches
+    assert any(line == "turn 1" for line in fake.log)
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels"),
+    [
+        ({"smoothing": 0.3}, {"soft_embed_logits", "soft_embed_mix"}),
+        (
+            {"moe_capacity": 1.0, "moe_overflow": "reroute", "expert_pool": 3},
+            {"rank", "route_within", "drop", "reroute", "moe_ffn_down"},
+        ),
+    ],
+    ids=["smoothing", "limits"],
+)
+def test_what_is_rarely_asked_for(
+    tmp_path: Path, options: dict[str, object], kernels: set[str]
+) -> None:
+    executor, _ = same_tokens(tmp_path, layers=1, **options)
+    names = {launch.kernel for launch in executor.plan.launches}
+    assert all(any(name.startswith(one) for name in names) for one in kernels), names

@@ -93,13 +93,19 @@ class Mixture:
         self.gate_up_bias = torch.randn(count, 2 * self.F).to(dtype)
         self.down_bias = torch.randn(count, self.D).to(dtype)
 
-    def run(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+        limited: bool = False,
+    ) -> torch.Tensor:
         y = poisoned(*x.shape, dtype=x.dtype)
         lowering = moe_ffn.launches(
             **{"rows": {"R": 1}, "hidden": self.D, "width": self.F, "num_experts": self.E},
             **{"top_k": self.k, "dtype": self.t, "arch": 90, "shared": self.shared},
             **{"gate_up_bias": self.bias, "down_bias": self.bias, "up_tiles": tiles()},
-            **{"out_tiles": tiles(), "activation": self.activation},
+            **{"out_tiles": tiles(), "activation": self.activation, "limited": limited},
         )
         weights_of = {"gate_up": self.gate_up, "down": self.down}
         weights_of |= {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
@@ -116,6 +122,7 @@ class Mixture:
         out = torch.zeros(x.shape, dtype=torch.float64)
         for r in range(len(x)):
             chosen = list(zip(experts[r].tolist(), weights[r].double(), strict=True))
+            chosen = [(e, weight) for e, weight in chosen if e >= 0]
             chosen += [(self.E + s, torch.tensor(1.0)) for s in range(self.shared)]
             for e, weight in chosen:
                 gate_up = self.gate_up[e].double() @ x[r].double()
@@ -157,3 +164,16 @@ def test_experts_without_rows_are_never_read() -> None:
     x, weights = torch.randn(3, mixture.D), torch.rand(3, 2)
     experts = torch.tensor([[0, 1]] * 3, dtype=torch.int32)
     assert_close(mixture.run(x, weights, experts), mixture.formula(x, weights, experts), 1e-5)
+
+
+@both
+@pytest.mark.parametrize("shared", [0, 1])
+def test_slots_without_an_expert_add_nothing(t: str, shared: int) -> None:
+    """Limited routing leaves -1; a row may have lost all its experts."""
+    mixture = Mixture(t, shared, False)
+    x, weights = torch.randn(19, mixture.D).to(TYPES[t]), torch.rand(19, 2)
+    experts = torch.stack([torch.randperm(mixture.E)[:2] for _ in range(19)]).int()
+    experts[torch.rand(19, 2) < 0.4] = -1
+    experts[0], experts[1, 0] = -1, 3
+    got = mixture.run(x, weights, experts, limited=True)
+    assert_close(got, mixture.formula(x, weights, experts), 2 * CLOSE[t])
