@@ -44,7 +44,11 @@ class Tokenizer:
         if self._loaded is None:
             if not self.present:
                 what = "the artifact has no tokenizer, so it takes and gives token ids only"
-                raise RequestError(what, remedy="give the prompt as token ids (--prompt-ids 1,2,3)")
+                remedy = (
+                    "give the prompt as token ids (--prompt-ids 1,2,3), or compile a checkpoint "
+                    "with a tokenizer.json (the tokenizers or transformers library writes one)"
+                )
+                raise RequestError(what, remedy=remedy)
             from tokenizers import Tokenizer as HuggingFaceTokenizer
 
             text = self._artifact.text(_FOLDER + "tokenizer.json")

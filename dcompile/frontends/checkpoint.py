@@ -16,6 +16,7 @@ from torch import nn
 from dcompile.errors import CheckpointError, ConfigError, TensorError
 from dcompile.frontends import files, tokens
 from dcompile.frontends.base import Config, Definition, ModelSpec
+from dcompile.frontends.byte_bpe import with_tokenizer_json
 from dcompile.frontends.families import family_of
 from dcompile.ir.weights import Recipe, Stack
 
@@ -67,7 +68,8 @@ class Checkpoint:
         return module
 
     def tokenizer_files(self) -> Mapping[str, bytes]:
-        return self._tokenizer_files
+        """Those of the checkpoint, and a tokenizer.json also where it has only what that is made of."""
+        return with_tokenizer_json(self._tokenizer_files)
 
     def digest(self) -> str:
         """sha256 over the names, shapes and dtypes of the tensors: a cheap identity, no more."""

@@ -44,7 +44,7 @@ def find_mask_id(
 
 def find_eos_ids(config: Config, files: Mapping[str, bytes], vocab_size: int) -> tuple[int, ...]:
     """All ids that end a sequence, the config's first; none only where the config says null."""
-    generation = _object(files, "generation_config.json")
+    generation = read_object(files, "generation_config.json")
     found = [
         _in_vocabulary(config, "eos_token_id", one, vocab_size)
         for values in (config.values, generation)
@@ -61,15 +61,15 @@ def find_eos_ids(config: Config, files: Mapping[str, bytes], vocab_size: int) ->
 
 def added_tokens(files: Mapping[str, bytes]) -> dict[str, int]:
     """Special tokens by their text, from whichever tokenizer files there are."""
-    found: dict[str, object] = dict(_object(files, "added_tokens.json"))
-    decoder = _object(files, "tokenizer_config.json").get("added_tokens_decoder")
+    found: dict[str, object] = dict(read_object(files, "added_tokens.json"))
+    decoder = read_object(files, "tokenizer_config.json").get("added_tokens_decoder")
     if isinstance(decoder, dict):
         found |= {
             str(token.get("content")): int(number)
             for number, token in decoder.items()
             if isinstance(token, dict) and number.isdecimal()
         }
-    listed = _object(files, "tokenizer.json").get("added_tokens")
+    listed = read_object(files, "tokenizer.json").get("added_tokens")
     if isinstance(listed, list):
         found |= {str(t.get("content")): t.get("id") for t in listed if isinstance(t, dict)}
     return {token: number for token, number in found.items() if isinstance(number, int)}
@@ -90,9 +90,7 @@ def _in_vocabulary(config: Config, what: str, value: object, vocab_size: int) ->
 def _named(files: Mapping[str, bytes], role: str) -> str:
     """The text of the token in a role such as `mask_token`, empty where it has none."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _object(files, file).get(role)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
+        if text := _text(read_object(files, file).get(role)):
             return text
     return ""
 
@@ -103,7 +101,23 @@ def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
-def _object(files: Mapping[str, bytes], name: str) -> dict[str, object]:
+def role_tokens(files: Mapping[str, bytes]) -> set[str]:
+    """The texts of all tokens in a role: begin and end of sequence, mask, padding and so on."""
+    found: set[str] = set()
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        for role, token in read_object(files, file).items():
+            if role.endswith("_token") or role == "additional_special_tokens":
+                found |= {_text(one) for one in _listed(token)}
+    return found - {""}
+
+
+def _text(token: object) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def read_object(files: Mapping[str, bytes], name: str) -> dict[str, object]:
+    """A file's JSON object; empty where there is no such file, or where it holds something else."""
     if name not in files:
         return {}
     try:
