@@ -2,56 +2,98 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dcompile.runtime.artifact import Artifact
-from dcompile.runtime.launch import Executor
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.state import Binding
 from dcompile.runtime.turns import Turns
 
+Floats = npt.NDArray[np.float64]
 
-class Backend(Protocol):
-    """An artifact ready to run, on whatever device; `Executor` says what each method does."""
+
+class Backend(ABC):
+    """An artifact ready to run; `step` is one iteration, and changes the state in place.
+
+    `check_every` is how many iterations run before anyone looks whether a block is done.
+    """
 
     plan: Plan
     threads: int
+    check_every: int
 
     @property
-    def state(self) -> Mapping[str, torch.Tensor]: ...
+    @abstractmethod
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """What the host sees of the state; see `push` and `pull`."""
 
-    def step(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]: ...
+    @abstractmethod
+    def bind(self, R: int, B: int) -> Binding:
+        """The buffers for R rows of B sequences, with every call over them prepared."""
 
-    def time_step(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, float]]: ...
-
-    def fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding: ...
-
-    def bind(self, R: int, B: int) -> Binding: ...
-
+    @abstractmethod
     def launch(
-        self,
-        binding: Binding,
-        seconds: npt.NDArray[np.float64] | None = None,
-        part: tuple[int, int] | None = None,
-    ) -> None: ...
+        self, binding: Binding, seconds: Floats | None = None, part: tuple[int, int] | None = None
+    ) -> None:
+        """Run the plan over bound buffers; `seconds` takes the time of each launch.
 
-    def repeat(self, binding: Binding, turns: int) -> Turns: ...
+        `part` names the launches to run, for one who looks at values between them.
+        """
 
-    def push(self, slot: int) -> None: ...
+    @abstractmethod
+    def repeat(self, binding: Binding, turns: int) -> Turns:
+        """Iterate over bound and filled buffers until a sequence is done, `turns` times at most."""
 
-    def pull(self, slot: int) -> None: ...
+    @abstractmethod
+    def push(self, slot: int) -> None:
+        """The host wrote a slot's state."""
 
-    def clear(self, name: str, slot: int) -> None: ...
+    @abstractmethod
+    def pull(self, slot: int) -> None:
+        """The host is about to read a slot's state."""
+
+    @abstractmethod
+    def clear(self, name: str, slot: int) -> None:
+        """Zero what a state holds for a slot."""
+
+    @abstractmethod
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Give a whole state another value, wherever it lies."""
+
+    def fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
+        """The buffers for these inputs, with their values in them; raises ValueError for other shapes."""
+        binding = self.bind(len(inputs["row_seq"]), len(inputs["block_seq"]))
+        for name, target in binding.inputs.items():
+            if inputs[name].shape != target.shape:
+                raise ValueError(f"input {name} has shape {tuple(inputs[name].shape)}")
+            target.copy_(inputs[name])
+        return binding
+
+    def step(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Run one iteration; what it returns may be overwritten by the next one."""
+        binding = self.fill(inputs)
+        self.launch(binding)
+        return binding.outputs
+
+    def time_step(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, float]]:
+        """Run one iteration and return each launch's name and seconds on the device."""
+        binding = self.fill(inputs)
+        seconds = np.zeros(len(self.plan.launches))
+        self.launch(binding, seconds)
+        names = [launch.name for launch in self.plan.launches]
+        return list(zip(names, seconds.tolist(), strict=True))
 
 
 def open_backend(artifact: Artifact, threads: int | None = None) -> Backend:
     """What the artifact was compiled for; raises DcompileError where this machine has no such thing."""
     if artifact.manifest["target"] == "cpu":
+        from dcompile.runtime.launch import Executor
+
         return Executor(artifact, threads)
     from dcompile.runtime.cuda.executor import CudaExecutor
 

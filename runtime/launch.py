@@ -18,6 +18,7 @@ import torch
 from dcompile.errors import ArtifactError, ContractError
 from dcompile.runtime.abi import Kernel, read_kernels
 from dcompile.runtime.artifact import Artifact
+from dcompile.runtime.backend import Backend
 from dcompile.runtime.checks import check_launches
 from dcompile.runtime.plan import Launch, Size
 from dcompile.runtime.state import Binding, Memory
@@ -72,11 +73,10 @@ class TorchCall:
                 target.copy_(result)
 
 
-class Executor:
-    """One artifact ready to run; `step` is one iteration, and changes the state in place.
+class Executor(Backend):
+    """An artifact on the processor.
 
     `poison=True` fills the scratch with NaN before each step, so that nothing read was left there.
-    `check_every` is how many iterations run before anyone looks whether a block is done.
     """
 
     def __init__(
@@ -117,31 +117,7 @@ class Executor:
     def state(self) -> Mapping[str, torch.Tensor]:
         return self.memory.state
 
-    def step(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Run one iteration; what it returns is overwritten by the next one."""
-        binding = self.fill(inputs)
-        self.launch(binding)
-        return binding.outputs
-
-    def time_step(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, float]]:
-        """Run one iteration and return each launch's name and seconds."""
-        binding = self.fill(inputs)
-        seconds = np.zeros(len(self.plan.launches))
-        self.launch(binding, seconds)
-        names = [launch.name for launch in self.plan.launches]
-        return list(zip(names, seconds.tolist(), strict=True))
-
-    def fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
-        """The buffers for these inputs, with their values in them."""
-        binding = self.bind(len(inputs["row_seq"]), len(inputs["block_seq"]))
-        for name, target in binding.inputs.items():
-            if inputs[name].shape != target.shape:
-                raise ValueError(f"input {name} has shape {tuple(inputs[name].shape)}")
-            target.copy_(inputs[name])
-        return binding
-
     def bind(self, R: int, B: int) -> Binding:
-        """The buffers for R rows of B sequences, with every call over them prepared."""
         binding = self.memory.bind(R, B)
         if binding.calls is None:
             templates = iter(self._templates)
@@ -159,10 +135,6 @@ class Executor:
         seconds: npt.NDArray[np.float64] | None = None,
         part: tuple[int, int] | None = None,
     ) -> None:
-        """Run the plan over bound buffers; `seconds` takes the time of each launch.
-
-        `part` names the launches to run, for one who looks at values between them.
-        """
         first, last = part or (0, len(self.plan.launches))
         if self._poison and first == 0:
             binding.arena.fill_(_POISON)
@@ -181,7 +153,6 @@ class Executor:
                 self._run_timed(call.launches[start - begin :].ctypes.data, end - start, address)
 
     def repeat(self, binding: Binding, turns: int) -> Turns:
-        """Iterate over bound and filled buffers until a sequence is done, `turns` times at most."""
         done = binding.tensor(self.plan.outputs["done"])
 
         def step() -> Bools:
@@ -191,14 +162,16 @@ class Executor:
         return repeat(step, binding.arrays, turns, self.check_every)
 
     def push(self, slot: int) -> None:
-        """The host wrote a slot's canvas: here it wrote the only one."""
+        """Here the host wrote the only one."""
 
     def pull(self, slot: int) -> None:
-        """The host is about to read a slot's canvas."""
+        """Here the host reads what the step wrote."""
 
     def clear(self, name: str, slot: int) -> None:
-        """Zero what a state holds for a slot."""
         self.memory.state[name][slot].zero_()
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        self.memory.state[name].copy_(value)
 
     def _run_torch(self, calls: list[TorchCall], seconds: npt.NDArray[np.float64] | None) -> None:
         with torch.inference_mode(), _torch_threads(self.threads):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,23 +60,80 @@ class Binding:
     def address(self, index: int) -> int:
         """Where a buffer begins, also one that only native code sees."""
         buffer = self.plan.buffers[index]
-        if index in self.fixed:
-            return self.fixed[index].data_ptr()
+        if (found := self._place(index)) is not None:
+            return found
         if buffer.kind == "view":
             skipped = buffer.offset(self.R, self.B) * DTYPES[buffer.dtype].itemsize
             return self.address(buffer.base) + skipped
-        return self.arena.data_ptr() + self.offsets[buffer.slot]
+        return self._scratch() + self.offsets[buffer.slot]
+
+    def put(self, index: int, value: torch.Tensor) -> None:
+        """Give a buffer other values, of its own shape."""
+        self.tensor(index).copy_(value)
+
+    def _place(self, index: int) -> int | None:
+        """Where a buffer lies that has a place of its own."""
+        return self.fixed[index].data_ptr() if index in self.fixed else None
+
+    def _scratch(self) -> int:
+        return self.arena.data_ptr()
 
     @property
     def outputs(self) -> dict[str, torch.Tensor]:
         return {name: self.tensor(index) for name, index in self.plan.outputs.items()}
 
 
-class Memory:
+Bound = TypeVar("Bound", bound=Binding)
+
+
+class BoundMemory(ABC, Generic[Bound]):
+    """Bindings by (R, B), kept while their addresses hold; slots one after another in the scratch."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._slotted = [buffer for buffer in plan.buffers if buffer.kind == "slot"]
+        self._bindings: OrderedDict[tuple[int, int], Bound] = OrderedDict()
+
+    def bind(self, R: int, B: int) -> Bound:
+        """The buffers for R rows of B sequences; the same object while its addresses hold."""
+        found = self._bindings.get((R, B))
+        if found is not None:
+            self._bindings.move_to_end((R, B))
+            return found
+        while len(self._bindings) >= KEPT_BINDINGS:
+            self._drop(self._bindings.popitem(last=False)[1])
+        sizes = [0] * self.plan.slots
+        for buffer in self._slotted:
+            sizes[buffer.slot] = max(sizes[buffer.slot], buffer.bytes(R, B))
+        offsets, end = [], 0
+        for size in sizes:
+            offsets.append(end)
+            end += size + -size % ALIGN
+        self._grow(end, R, B)
+        binding = self._bindings[R, B] = self._bound(R, B, offsets)
+        return binding
+
+    def _drop_all(self) -> None:
+        while self._bindings:
+            self._drop(self._bindings.popitem()[1])
+
+    @abstractmethod
+    def _grow(self, end: int, R: int, B: int) -> None:
+        """Make the scratch at least `end` bytes; where it moves, bindings over it go."""
+
+    @abstractmethod
+    def _bound(self, R: int, B: int, offsets: list[int]) -> Bound:
+        """A new binding whose slots begin at `offsets` of the scratch."""
+
+    def _drop(self, binding: Bound) -> None:
+        """A binding goes."""
+
+
+class Memory(BoundMemory[Binding]):
     """Mapped weights, state allocated once, and an arena for scratch that grows and is reused."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self.plan = artifact.plan
+        super().__init__(artifact.plan)
         self._fixed = {
             index: _weight(artifact, buffer)
             for index, buffer in enumerate(self.plan.buffers)
@@ -87,31 +145,13 @@ class Memory:
             self.state[name] = _allocate(buffer.extent(1, 1), DTYPES[buffer.dtype], name)
             self._fixed[index] = self.state[name]
         self._arena = torch.empty(0, dtype=torch.uint8)
-        self._slotted = [buffer for buffer in self.plan.buffers if buffer.kind == "slot"]
-        self._bindings: OrderedDict[tuple[int, int], Binding] = OrderedDict()
 
-    def bind(self, R: int, B: int) -> Binding:
-        found = self._bindings.get((R, B))
-        if found is not None:
-            self._bindings.move_to_end((R, B))
-            return found
-        if len(self._bindings) >= KEPT_BINDINGS:
-            self._bindings.popitem(last=False)
-        binding = self._bindings[R, B] = self._bind(R, B)
-        return binding
-
-    def _bind(self, R: int, B: int) -> Binding:
-        sizes = [0] * self.plan.slots
-        for buffer in self._slotted:
-            sizes[buffer.slot] = max(sizes[buffer.slot], buffer.bytes(R, B))
-        offsets, end = [], 0
-        for size in sizes:
-            offsets.append(end)
-            end += size + -size % ALIGN
+    def _grow(self, end: int, R: int, B: int) -> None:
         if end > self._arena.numel():
-            # Bindings hold addresses inside the old arena.
-            self._bindings.clear()
+            self._drop_all()
             self._arena = _allocate((end,), torch.uint8, f"the scratch of {R} rows")
+
+    def _bound(self, R: int, B: int, offsets: list[int]) -> Binding:
         fixed, inputs = dict(self._fixed), {}
         for name, index in self.plan.inputs.items():
             buffer = self.plan.buffers[index]

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {  # folder -> the parts of dcompile that it may name
     "dcompile/ir": {"ir", "errors"},
     "passes": {"passes", "ir", "errors"},
-    "codegen": {"codegen", "ir", "errors"},
-    "runtime": {"runtime", "errors", "untrusted"},
+    "codegen": {"codegen", "ir", "errors", "cubin"},
+    "runtime": {"runtime", "errors", "untrusted", "cubin"},
     "dcompile/frontends": {"frontends", "ir", "errors", "untrusted"},
     "dcompile/policies": {"policies", "errors"},
 }

@@ -29,6 +29,7 @@ from dcompile.errors import BuildError
 log = logging.getLogger(__name__)
 
 FORMAT = "1"  # of the kept files
+OWN = (PACKAGE, "dcompile.cubin")  # what a binary, and what is known of it, may depend on
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,14 @@ def compiler_version() -> str:
 
 
 def _closure(module: str, sources: Mapping[str, str]) -> dict[str, str]:
-    """A module's text and, of this package or emitted, that of all it imports."""
+    """A module's text and, of our own (`OWN`) or emitted, that of all it imports."""
     found: dict[str, str] = {}
     todo = [module]
     while todo:
         name = todo.pop()
         if name not in found:
             found[name] = sources[name] if name in sources else _text(name)
-            todo += [m for m in _imported(found[name]) if m.startswith(PACKAGE) or m in sources]
+            todo += [m for m in _imported(found[name]) if m.startswith(OWN) or m in sources]
     return found
 
 

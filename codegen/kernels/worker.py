@@ -23,8 +23,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dcompile.codegen.kernels.cubin import read_cubin
 from dcompile.codegen.kernels.variant import Variant
+from dcompile.cubin import read_cubin
 
 ALIGNED = [["tt.divisibility", 16]]
 

@@ -18,6 +18,7 @@ import torch
 
 from dcompile.errors import ArtifactError, DeviceError
 from dcompile.runtime.artifact import Artifact
+from dcompile.runtime.backend import Backend
 from dcompile.runtime.cuda.checks import check_launches
 from dcompile.runtime.cuda.code import Code
 from dcompile.runtime.cuda.device import Device
@@ -34,8 +35,8 @@ _HASTY = 1 << 30
 """With more bytes of weights than this, an iteration takes longer than a look at its result."""
 
 
-class CudaExecutor:
-    """One artifact ready to run on a GPU; `step` is one iteration, and changes the state in place.
+class CudaExecutor(Backend):
+    """An artifact on a GPU; what `step` returns are copies.
 
     `check_every` is how many iterations are one launch where the driver has no loops in graphs (None:
     by the model's size), `loops=False` uses none; `held` are addresses of weights that are there
@@ -78,32 +79,13 @@ class CudaExecutor:
     def state(self) -> Mapping[str, torch.Tensor]:
         return self.memory.state
 
-    def step(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Run one iteration over the host's state; what it returns are copies."""
-        binding = self.fill(inputs)
-        self.launch(binding)
-        return binding.outputs
-
-    def time_step(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, float]]:
-        """Run one iteration and return each launch's name and seconds on the GPU."""
-        binding = self.fill(inputs)
-        seconds = np.zeros(len(self.plan.launches))
-        self.launch(binding, seconds)
-        names = [launch.name for launch in self.plan.launches]
-        return list(zip(names, seconds.tolist(), strict=True))
-
-    def fill(self, inputs: Mapping[str, torch.Tensor]) -> DeviceBinding:
-        """The buffers for these inputs, with their values in them; the host's state is brought over."""
-        binding = self.bind(len(inputs["row_seq"]), len(inputs["block_seq"]))
-        for name, target in binding.inputs.items():
-            if inputs[name].shape != target.shape:
-                raise ValueError(f"input {name} has shape {tuple(inputs[name].shape)}")
-            target.copy_(inputs[name])
+    def fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
+        """As on the processor; the host's state is brought over."""
+        binding = super().fill(inputs)
         self.memory.state.push()
         return binding
 
     def bind(self, R: int, B: int) -> DeviceBinding:
-        """The buffers for R rows of B sequences, with every call over them prepared."""
         self.device.enter()
         binding = self.memory.bind(R, B)
         if binding.calls is None:
@@ -142,7 +124,6 @@ class CudaExecutor:
                 seconds[at] = self.device.seconds(begin, end)
 
     def repeat(self, binding: Binding, turns: int) -> Turns:
-        """Iterate over bound and filled buffers until a sequence is done, `turns` times at most."""
         assert isinstance(binding, DeviceBinding)
         self.device.enter()
         for counter in binding.counters.values():
@@ -179,8 +160,11 @@ class CudaExecutor:
         self.device.wait()
 
     def clear(self, name: str, slot: int) -> None:
-        """Zero what a state holds for a slot."""
         self.memory.state.clear(name, slot)
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        self.memory.state.put(name, value)
+        self.device.wait()
 
     def bandwidth(self) -> float:
         """Bytes a second that the GPU writes to its memory, the best of some fills of 256 MiB."""

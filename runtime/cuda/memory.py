@@ -6,7 +6,6 @@ behind them, so that one copy brings all of them over. Addresses never change wh
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -19,10 +18,9 @@ from dcompile.runtime import weights
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.cuda.device import Bytes, Device
 from dcompile.runtime.plan import Plan
-from dcompile.runtime.state import Binding
+from dcompile.runtime.state import Binding, BoundMemory
 from dcompile.runtime.weights import ALIGN, DTYPES
 
-KEPT_BINDINGS = 64
 LOOP = ("limit", "turn", "go", "finished", "performed")
 """The loop's own memory, in the order in which it lies behind the inputs."""
 _INVISIBLE = ("keys.", "values.")
@@ -50,17 +48,19 @@ class DeviceBinding(Binding):
     used: int = 0
     """How often it was run."""
 
-    def address(self, index: int) -> int:
-        buffer = self.plan.buffers[index]
-        if index in self.places:
-            return self.places[index]
-        if buffer.kind == "view":
-            skipped = buffer.offset(self.R, self.B) * DTYPES[buffer.dtype].itemsize
-            return self.address(buffer.base) + skipped
-        return self.base + self.offsets[buffer.slot]
-
     def tensor(self, index: int) -> torch.Tensor:
         """A copy of a buffer's values, now."""
+        return self._copy(index)[1]
+
+    def put(self, index: int, value: torch.Tensor) -> None:
+        assert self.device is not None
+        whole, part = self._copy(index)
+        part.copy_(value)
+        self.device.upload(self.address(index), whole.data_ptr(), whole.numel() * whole.itemsize)
+        self.device.wait()
+
+    def _copy(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What lies from a buffer's first to its last element, and the buffer in it."""
         buffer = self.plan.buffers[index]
         shape, dtype = buffer.extent(self.R, self.B), DTYPES[buffer.dtype]
         strides = [stride(self.R, self.B) for stride in buffer.strides]
@@ -71,7 +71,13 @@ class DeviceBinding(Binding):
         assert self.device is not None
         self.device.download(out.data_ptr(), self.address(index), span * dtype.itemsize)
         self.device.wait()
-        return out.as_strided(shape, strides) if buffer.kind == "view" else out.reshape(shape)
+        return out, out.as_strided(shape, strides) if buffer.kind == "view" else out.reshape(shape)
+
+    def _place(self, index: int) -> int | None:
+        return self.places.get(index)
+
+    def _scratch(self) -> int:
+        return self.base
 
 
 class Mirrors(Mapping[str, torch.Tensor]):
@@ -126,6 +132,15 @@ class Mirrors(Mapping[str, torch.Tensor]):
         if name in self._held:
             self._held[name][slot].zero_()
 
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Give a whole state another value, on both sides."""
+        buffer = self._plan.buffers[self._plan.state[name]]
+        whole = torch.empty(buffer.extent(1, 1), dtype=DTYPES[buffer.dtype]).copy_(value)
+        self._device.upload(self._addresses[name], whole.data_ptr(), buffer.bytes(1, 1))
+        self._device.wait()
+        if name in self._held:
+            self._held[name].copy_(whole)
+
     def close(self) -> None:
         self._held.clear()
         for address in self._pinned:
@@ -138,7 +153,7 @@ class Mirrors(Mapping[str, torch.Tensor]):
             copy(part.data_ptr(), self._addresses[name] + at * size, size)
 
 
-class DeviceMemory:
+class DeviceMemory(BoundMemory[DeviceBinding]):
     """Everything that a loaded artifact keeps on the GPU; scratch grows and is reused.
 
     `held` are addresses of weights that are on the GPU already.
@@ -147,7 +162,8 @@ class DeviceMemory:
     def __init__(
         self, artifact: Artifact, device: Device, held: Mapping[str, int] | None = None
     ) -> None:
-        self.plan, self.device = artifact.plan, device
+        super().__init__(artifact.plan)
+        self.device = device
         self._held = held or {}
         self._owned: list[int] = []
         self._places: dict[int, int] = {}
@@ -165,22 +181,8 @@ class DeviceMemory:
         self._zeroed = {
             index: (0, 0) for index, b in enumerate(self.plan.buffers) if b.kind == "zeroed"
         }
-        self._slotted = [buffer for buffer in self.plan.buffers if buffer.kind == "slot"]
-        self._bindings: OrderedDict[tuple[int, int], DeviceBinding] = OrderedDict()
         self.on_drop: Callable[[DeviceBinding], None] = lambda binding: None
         """Told of a binding that goes, so that its graphs do too."""
-
-    def bind(self, R: int, B: int) -> DeviceBinding:
-        """The buffers for R rows of B sequences; the same object while its addresses hold."""
-        found = self._bindings.get((R, B))
-        if found is not None:
-            self._bindings.move_to_end((R, B))
-            return found
-        while len(self._bindings) >= KEPT_BINDINGS:
-            self._drop(self._bindings.popitem(last=False)[1])
-        binding = self._bind(R, B)
-        self._bindings[R, B] = binding
-        return binding
 
     def close(self) -> None:
         """Give everything back; nothing may be used after."""
@@ -209,19 +211,7 @@ class DeviceMemory:
         self.device.upload(address, data.data_ptr(), size)
         return address
 
-    def _bind(self, R: int, B: int) -> DeviceBinding:
-        sizes = [0] * self.plan.slots
-        for buffer in self._slotted:
-            sizes[buffer.slot] = max(sizes[buffer.slot], buffer.bytes(R, B))
-        offsets, end = [], 0
-        for size in sizes:
-            offsets.append(end)
-            end += size + -size % ALIGN
-        self._grow(end, R, B)
-        return self._inputs(R, B, offsets)
-
     def _grow(self, end: int, R: int, B: int) -> None:
-        """Make the scratch large enough; where it moves, bindings and graphs over it go."""
         if end > self._arena_bytes:
             self._drop_all()
             if self._arena_bytes:
@@ -240,7 +230,7 @@ class DeviceMemory:
             self.device.fill(address, 0, size)
             self._zeroed[index] = (address, size)
 
-    def _inputs(self, R: int, B: int, offsets: list[int]) -> DeviceBinding:
+    def _bound(self, R: int, B: int, offsets: list[int]) -> DeviceBinding:
         slots, at = self.plan.sizes["N"], 0
         pieces: dict[str, tuple[int, int]] = {}
         loop = {name: 4 for name in LOOP} | {"finished": 4 * slots, "performed": 8 * slots}
@@ -283,10 +273,6 @@ class DeviceMemory:
             if start >= begin:
                 binding.returned[name] = _part(answered, (start - begin, size)).view(kind)
         return binding
-
-    def _drop_all(self) -> None:
-        while self._bindings:
-            self._drop(self._bindings.popitem()[1])
 
     def _drop(self, binding: DeviceBinding) -> None:
         # What is in the stream may still read it.

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dcompile.cubin import CubinFacts, read_cubin
 from dcompile.errors import ArtifactError, WrongArchitecture
 from dcompile.runtime.artifact import Artifact
-from dcompile.runtime.cuda.cubin import CubinFacts, read_cubin
 from dcompile.untrusted import parse_json
 
 TABLE = "kernels.json"

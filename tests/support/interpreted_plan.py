@@ -21,6 +21,7 @@ import torch
 
 from dcompile.codegen.cuda.lower import CudaLowered
 from dcompile.runtime.artifact import Artifact, open_artifact
+from dcompile.runtime.backend import Backend
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.plan import Launch, Plan
 from dcompile.runtime.state import Binding, Memory
@@ -30,8 +31,8 @@ from dcompile.runtime.weights import DTYPES
 assert interpreter
 
 
-class InterpretedExecutor:
-    """The interface of `runtime/launch.py`; keeps its folder of printed sources while it lives."""
+class InterpretedExecutor(Backend):
+    """Keeps its folder of printed sources while it lives."""
 
     threads, check_every = 1, 1
 
@@ -71,20 +72,13 @@ class InterpretedExecutor:
                 binding.tensors[index] = torch.zeros(shape, dtype=DTYPES[buffer.dtype])
         return binding
 
-    def fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
-        binding = self.bind(len(inputs["row_seq"]), len(inputs["block_seq"]))
-        for name, target in binding.inputs.items():
-            target.copy_(inputs[name])
-        return binding
-
-    def step(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        binding = self.fill(inputs)
-        self.launch(binding)
-        return binding.outputs
-
-    def launch(self, binding: Binding, *_: Any) -> None:
-        binding.arena.fill_(0xFF)
-        for launch in self.plan.launches:
+    def launch(
+        self, binding: Binding, seconds: Any = None, part: tuple[int, int] | None = None
+    ) -> None:
+        first, last = part or (0, len(self.plan.launches))
+        if part is None:
+            binding.arena.fill_(0xFF)
+        for launch in self.plan.launches[first:last]:
             self.run(launch, binding)
 
     def run(self, launch: Launch, binding: Binding, loop: Mapping[str, Any] | None = None) -> None:
@@ -135,6 +129,9 @@ class InterpretedExecutor:
 
     def clear(self, name: str, slot: int) -> None:
         self.memory.state[name][slot].zero_()
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        self.memory.state[name].copy_(value)
 
 
 def run_lowered(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dcompile.codegen.kernels import (
+    advance,
     attend,
-    commit,
     gather,
     linear,
     moe_ffn,
@@ -109,13 +109,7 @@ def lowerings(model: Model, arch: int, positions: int = 4096) -> list[Lowering]:
             **{"rows": R, "vocab": m.vocab, "hidden": m.hidden, "width": m.hidden},
             **{"dtype": dtype, "arch": arch},
         ),
-        *(
-            commit.launches(
-                **{"sequences": B, "length": m.block, "positions": positions},
-                **{"mask_id": m.mask, "policy": policy, "loop": True},
-            )
-            for policy in commit.POLICIES
-        ),
+        advance.launches(sequences=B, most=8),
     ]
     return found
 

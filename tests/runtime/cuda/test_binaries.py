@@ -10,8 +10,7 @@ from fake_cuda import FakeCuda
 
 from dcompile.codegen.kernels import norms
 from dcompile.codegen.kernels.aot import compile_variants
-from dcompile.codegen.kernels.cubin import read_cubin as read_trusted
-from dcompile.runtime.cuda.cubin import read_cubin
+from dcompile.cubin import read_cubin
 from dcompile.runtime.cuda.graphs import SET_CONDITION, Call, packed
 from dcompile.runtime.cuda.table import Argument, layout
 
@@ -33,13 +32,21 @@ def test_the_condition_assembles(arch: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 120])
-def test_a_real_cubin_is_read_as_the_compiler_reads_it(arch: int, fake: FakeCuda) -> None:
+def test_a_real_cubin_is_read_as_the_vendors_tool_reads_it(
+    arch: int, fake: FakeCuda, tmp_path: Path
+) -> None:
     (step,) = norms.launches(rows={"R": 1}, hidden=256, dtype="bf16", eps=1e-6).steps
     (made,) = compile_variants([step.variant], arch)
-    facts, trusted = read_cubin(made.cubin), read_trusted(made.cubin)
+    facts = read_cubin(made.cubin)
     assert facts.arch == arch
+    # What the worker kept beside the binary is what is read of it again.
     for name in ("entry", "registers", "stack", "static_shared", "parameters"):
-        assert getattr(facts, name) == getattr(trusted, name)
+        assert getattr(facts, name) == getattr(made, name)
+    dump = str(TOOLS / "cuobjdump")
+    (tmp_path / "kernel.cubin").write_bytes(made.cubin)
+    command = [dump, "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"REG:{facts.registers} STACK:{facts.stack} SHARED:{facts.static_shared} " in told
     arguments = [Argument(p.name, p.type, p.aligned) for p in step.variant.arguments]
     assert facts.parameters == layout(arguments)
     fake.attribute(75, arch // 10)

@@ -16,8 +16,8 @@ from test_loop import CACHES, prompts_of
 from toy import MASK, Toy
 
 from dcompile.runtime.cuda.executor import CudaExecutor
-from dcompile.runtime.cuda.memory import KEPT_BINDINGS
 from dcompile.runtime.loop import Result, Runner
+from dcompile.runtime.state import KEPT_BINDINGS
 
 OnGpu = Callable[[Toy], FakeCuda]
 

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import Toy
 
+from dcompile.cubin import read_cubin
 from dcompile.errors import ArtifactError, DeviceError, WrongArchitecture
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.cuda import code, driver
-from dcompile.runtime.cuda.cubin import read_cubin
 from dcompile.runtime.cuda.driver import CopyNode, Driver, GraphNode, KernelNode
 from dcompile.runtime.cuda.executor import CudaExecutor
 from dcompile.runtime.cuda.graphs import packed
