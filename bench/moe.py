@@ -30,7 +30,8 @@ from dcompile.driver import compile_checkpoint, compile_module
 from dcompile.options import Options
 from dcompile.profile.cost import chosen_experts
 from dcompile.profile.watch import Observer, Timer
-from dcompile.runtime.loop import Result, Runner
+from dcompile.runtime.loop import Runner
+from dcompile.runtime.served import Result
 
 Limits = Mapping[str, object]
 DROP, REROUTE = "drop", "reroute"

@@ -32,7 +32,8 @@ from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.policies import find_policy
 from dcompile.runtime.caches import cache_policy
-from dcompile.runtime.loop import Result, Runner
+from dcompile.runtime.loop import Runner
+from dcompile.runtime.served import Result
 from dcompile.runtime.state import Binding
 
 CACHES: Mapping[str, Mapping[str, object]] = {

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dcompile.errors import ArtifactError, ContractError
@@ -26,81 +24,14 @@ from dcompile.runtime.caches import (
     reads_tokens,
     stores_blocks,
 )
+from dcompile.runtime.inputs import canvas_of, check_inputs, fill_block, fill_rows, policy_state
 from dcompile.runtime.pipelined import Block, Pipeline
-from dcompile.runtime.plan import Plan, Size
 from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
-from dcompile.runtime.smoothing import soft_threshold, soft_weight
+from dcompile.runtime.served import Call, Ints, OnBlock, OnResult, Result, Served
+from dcompile.runtime.smoothing import soft_threshold
 from dcompile.runtime.state import Binding
 from dcompile.runtime.tokens import Tokenizer
 from dcompile.runtime.turns import Bools, Turns, repeat
-
-Ints = npt.NDArray[np.int64]
-OnBlock = Callable[[int, list[int]], None]
-"""Takes the index of a prompt and the tokens that its latest block generated."""
-OnResult = Callable[[int, "Result"], None]
-"""Takes the index of a prompt and its result, at once when it is there."""
-_ROWS = ("row_seq", "row_pos", "row_limit")
-_ROW_WEIGHTS = ("row_weight",)
-_BLOCKS = ("block_seq", "block_pos", "choice_row")
-_CLOCKS = ("iteration", "entered", "temperature", "seed", "tick", "prompt_end", "full")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one prompt yielded."""
-
-    tokens: list[int]
-    """Generated ids before the first end of sequence."""
-    all_tokens: list[int]
-    """The ids of every generated position."""
-    text: str | None
-    """`tokens` as text; None where the artifact has no tokenizer."""
-    forwards: int
-    """Iterations that this prompt took part in."""
-    tokens_per_forward: float
-    """Positions decoded per iteration, filled-in ends of sequence not counted."""
-    seconds: float
-    tokens_per_second: float
-
-
-@dataclass
-class _Sequence:
-    """A prompt being served: its place in the batch and its own clock."""
-
-    index: int
-    prompt: int
-    end: int
-    """Where the generated positions end; the sequence itself may go on to a whole block."""
-    total: int
-    slot: int
-    canvas: Ints
-    limits: Ints
-    seed: int
-    block: Block
-    pipeline: Pipeline | None = None
-    """Where several blocks are decided at a time."""
-    deciding: list[Block] = field(default_factory=list)
-    """The blocks of the iteration that runs."""
-    tick: int = 0
-    previous: int | None = None
-    storing: bool = False
-    """The next iteration decides nothing: it stores the keys and values of a finished block."""
-    decoded: int = 0
-    began: float = field(default_factory=perf_counter)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of `generate`, checked."""
-
-    prompts: list[list[int]]
-    gen_length: int
-    temperature: float
-    seeds: list[int]
-    early_stop: bool
-    parameters: Mapping[str, float]
-    on_block: OnBlock | None
-    on_result: OnResult | None
 
 
 class Watch(Protocol):
@@ -125,15 +56,9 @@ class Runner:
         self.watch: Watch | None = None
         self._lock = Lock()
         self._positions = np.arange(self.limits.max_length + 1, dtype=np.int64)
-        self._canvas: Ints = _canvas(executor, self.limits, where)
-        self._scrubbed = _policy_state(artifact, executor)
-        known = {*_ROWS, *_ROW_WEIGHTS, *_BLOCKS, *_CLOCKS, *self.limits.parameters}
-        if unknown := sorted(set(artifact.plan.inputs) - known):
-            what = f"the plan has an input that nothing provides: {unknown[0]!r}"
-            raise ArtifactError(what, where=where, remedy="compile the model again")
-        if "done" not in artifact.plan.outputs:
-            raise ArtifactError("the plan has no output 'done'", where=where)
-        _check_shapes(artifact.plan, where)
+        self._canvas: Ints = canvas_of(executor, self.limits, where)
+        self._scrubbed = policy_state(artifact, executor)
+        check_inputs(artifact.plan, set(self.limits.parameters), where)
 
     @classmethod
     def load(
@@ -189,7 +114,7 @@ class Runner:
         for prompt in ids:
             seeds.append(stream(seed, seen[tuple(prompt)]))
             seen[tuple(prompt)] += 1
-        call = _Call(ids, gen_length, temperature, seeds, early_stop, given, on_block, on_result)
+        call = Call(ids, gen_length, temperature, seeds, early_stop, given, on_block, on_result)
         with self._lock:
             return self._serve(call)
 
@@ -210,11 +135,11 @@ class Runner:
         """Whether the host looks at the tokens before every iteration; `cache` may be set anew."""
         return reads_tokens(self.cache) or self.limits.pipelined
 
-    def _serve(self, call: _Call) -> list[Result]:
+    def _serve(self, call: Call) -> list[Result]:
         results: dict[int, Result] = {}
         waiting = deque(range(len(call.prompts)))
         free = list(range(self.limits.batch))[::-1]
-        active: list[_Sequence] = []
+        active: list[Served] = []
         while waiting or active:
             while waiting and free:
                 active.append(self._admit(call, waiting.popleft(), free.pop()))
@@ -233,7 +158,7 @@ class Runner:
             active = staying
         return [results[index] for index in range(len(call.prompts))]
 
-    def _admit(self, call: _Call, index: int, slot: int) -> _Sequence:
+    def _admit(self, call: Call, index: int, slot: int) -> Served:
         prompt = call.prompts[index]
         total = self.limits.total(len(prompt), call.gen_length)
         canvas = self._canvas[slot]
@@ -245,7 +170,7 @@ class Runner:
             self.executor.clear(name, slot)
         self.executor.push(slot)
         begin = self.limits.begin(len(prompt))
-        sequence = _Sequence(
+        sequence = Served(
             index=index,
             prompt=len(prompt),
             end=len(prompt) + call.gen_length,
@@ -260,7 +185,7 @@ class Runner:
         self._enter(sequence, begin)
         return sequence
 
-    def _pipeline(self, call: _Call, canvas: Ints, prompt: int, total: int) -> Pipeline | None:
+    def _pipeline(self, call: Call, canvas: Ints, prompt: int, total: int) -> Pipeline | None:
         if not self.limits.pipelined:
             return None
         return Pipeline(
@@ -281,13 +206,13 @@ class Runner:
         end = begin + self.limits.block_length
         return Block.of(canvas, begin, end, self.limits.mask_id)
 
-    def _enter(self, sequence: _Sequence, begin: int) -> None:
+    def _enter(self, sequence: Served, begin: int) -> None:
         sequence.block = self._block(sequence.canvas, begin)
         for name, each_block in self._scrubbed:
             if each_block:
                 self.executor.clear(name, sequence.slot)
 
-    def _rows(self, sequence: _Sequence, ahead: int = 0) -> Rows:
+    def _rows(self, sequence: Served, ahead: int = 0) -> Rows:
         """The rows that the sequence runs now, or so many iterations ahead in its block."""
         if sequence.pipeline is not None:
             first, last = sequence.pipeline.rows()
@@ -313,13 +238,13 @@ class Runner:
         # A shifted model chooses a block's first token by the row before it.
         return min(rows[0], max(begin - self.limits.shift, 0)), rows[1]
 
-    def _positions_now(self, sequence: _Sequence, rows: Rows) -> Ints:
+    def _positions_now(self, sequence: Served, rows: Rows) -> Ints:
         if self._reads_tokens:
             block = sequence.block
             block.before = sequence.canvas[block.begin : block.end].copy()
         return self._positions[rows[0] : rows[1]] if isinstance(rows, tuple) else rows
 
-    def _turns(self, call: _Call, active: Sequence[_Sequence], rows: Sequence[Rows]) -> int:
+    def _turns(self, call: Call, active: Sequence[Served], rows: Sequence[Rows]) -> int:
         """How many iterations may run over the same rows before the cache policy wants others."""
         # Nor does smoothing take more turns than are needed: each changes what masks are embedded as.
         if self._reads_tokens or self._smooth or any(each.storing for each in active):
@@ -332,7 +257,7 @@ class Runner:
             turns += 1
         return turns
 
-    def _step(self, call: _Call, active: Sequence[_Sequence]) -> Turns:
+    def _step(self, call: Call, active: Sequence[Served]) -> Turns:
         """Run iterations until the host has something to decide; results of those that decide."""
         for sequence in active:
             if self._reads_tokens:
@@ -348,9 +273,10 @@ class Runner:
         binding = self.executor.bind(sum(map(len, places)), blocks)
         at = place = 0
         for sequence, positions in zip(active, places, strict=True):
-            self._fill_rows(call, binding, at, sequence, positions)
+            weight = call.parameters["smoothing"] if self._smooth else None
+            fill_rows(binding, at, sequence, positions, weight)
             for block in sequence.deciding:
-                self._fill_block(binding, place, at, sequence, block, positions)
+                fill_block(binding, place, at, sequence, block, positions, self.limits.shift)
                 if self._smooth and "threshold" in binding.arrays:
                     lowest = call.parameters["threshold"]
                     binding.arrays["threshold"][place] = soft_threshold(sequence.tick, lowest)
@@ -366,7 +292,7 @@ class Runner:
         return self._watched(self.watch, binding, turns, active)
 
     def _watched(
-        self, watch: Watch, binding: Binding, turns: int, active: Sequence[_Sequence]
+        self, watch: Watch, binding: Binding, turns: int, active: Sequence[Served]
     ) -> Turns:
         served = {each.slot: each.index for each in active}
         done = self.executor.plan.outputs["done"]
@@ -377,56 +303,11 @@ class Runner:
 
         return repeat(step, binding.arrays, turns)
 
-    def _fill_rows(
-        self, call: _Call, binding: Binding, at: int, sequence: _Sequence, positions: Ints
-    ) -> None:
-        """Write the rows of one sequence, from row `at` on, into the inputs that the plan reads."""
-        values: dict[str, Any] = {
-            "row_seq": sequence.slot,
-            "row_pos": positions,
-            "row_limit": sequence.limits[positions],
-        }
-        if self._smooth:
-            values["row_weight"] = soft_weight(sequence.tick, call.parameters["smoothing"])
-        for name, value in values.items():
-            if name in binding.arrays:
-                binding.arrays[name][at : at + len(positions)] = value
-
-    def _fill_block(
-        self,
-        binding: Binding,
-        place: int,
-        at: int,
-        sequence: _Sequence,
-        block: Block,
-        positions: Ints,
-    ) -> None:
-        """Write a block and the clocks of one sequence, whose rows begin at row `at`."""
-        chosen = self._positions[block.begin : block.end]
-        if self.limits.shift:
-            chosen = np.maximum(chosen - 1, 0)
-        # Where a decided position has no row of its own, any row will do: nothing is chosen there.
-        row = np.minimum(np.searchsorted(positions, chosen), len(positions) - 1)
-        values: dict[str, Any] = {
-            "block_seq": sequence.slot,
-            "block_pos": self._positions[block.begin : block.end],
-            "choice_row": row + at,
-            "iteration": block.iteration,
-            "entered": block.entered,
-            "seed": sequence.seed,
-            "tick": sequence.tick,
-            "prompt_end": sequence.prompt,
-            "full": block.full,
-        }
-        for name, value in values.items():
-            if name in binding.arrays:
-                binding.arrays[name][place] = value
-
-    def _bound(self, call: _Call, block: Block) -> int:
+    def _bound(self, call: Call, block: Block) -> int:
         """The iterations that a block may take: each commits a token."""
         return block.entered + int(call.parameters.get("post_steps", 0)) + 1
 
-    def _after(self, call: _Call, sequence: _Sequence, ends: Sequence[tuple[int, bool]]) -> bool:
+    def _after(self, call: Call, sequence: Served, ends: Sequence[tuple[int, bool]]) -> bool:
         """Count what the blocks that decided came to; True when the sequence is finished."""
         if sequence.pipeline is not None:
             return self._flow(call, sequence, sequence.pipeline)
@@ -438,7 +319,7 @@ class Runner:
         ((performed, done),) = ends
         return self._advance(call, sequence, performed, done)
 
-    def _advance(self, call: _Call, sequence: _Sequence, performed: int, complete: bool) -> bool:
+    def _advance(self, call: Call, sequence: Served, performed: int, complete: bool) -> bool:
         """Count iterations, go on to the next block where one is complete; True at the end."""
         block = sequence.block
         sequence.tick += performed
@@ -457,7 +338,7 @@ class Runner:
             self._go_on(sequence)
         return False
 
-    def _flow(self, call: _Call, sequence: _Sequence, pipeline: Pipeline) -> bool:
+    def _flow(self, call: Call, sequence: Served, pipeline: Pipeline) -> bool:
         """The same of pipelined blocks, whose number and rows depend on what was decided."""
         self.executor.pull(sequence.slot)
         sequence.tick += 1
@@ -473,7 +354,7 @@ class Runner:
             raise _endless(sequence, masks, masks)
         return False
 
-    def _complete(self, call: _Call, sequence: _Sequence, begin: int, end: int) -> bool:
+    def _complete(self, call: Call, sequence: Served, begin: int, end: int) -> bool:
         """A block is decided, and all before it; True where it is the last."""
         begin, end = max(begin, sequence.prompt), min(end, sequence.end)
         sequence.decoded += end - begin
@@ -482,11 +363,11 @@ class Runner:
             call.on_block(sequence.index, sequence.canvas[begin:end].tolist())
         return stopped or end == sequence.end
 
-    def _go_on(self, sequence: _Sequence) -> None:
+    def _go_on(self, sequence: Served) -> None:
         sequence.previous = sequence.block.begin
         self._enter(sequence, sequence.block.end)
 
-    def _stop(self, sequence: _Sequence, end: int) -> bool:
+    def _stop(self, sequence: Served, end: int) -> bool:
         """Fill everything after a first end of sequence with it, and say whether there is one."""
         at = self._first_eos(sequence.canvas[sequence.prompt : end].tolist())
         if at is None:
@@ -500,7 +381,7 @@ class Runner:
         eos = self.limits.eos_ids
         return next((at for at, token in enumerate(tokens) if token in eos), None)
 
-    def _result(self, sequence: _Sequence) -> Result:
+    def _result(self, sequence: Served) -> Result:
         seconds = perf_counter() - sequence.began
         generated: list[int] = sequence.canvas[sequence.prompt : sequence.end].tolist()
         tokens = generated[: self._first_eos(generated)]
@@ -515,46 +396,7 @@ class Runner:
         )
 
 
-def _endless(sequence: _Sequence, masks: int, bound: int) -> ContractError:
+def _endless(sequence: Served, masks: int, bound: int) -> ContractError:
     what = f"{masks} masks are not done after {bound} iterations"
     where = f"prompt {sequence.index}, position {sequence.block.begin}"
     return ContractError(what, where=where, remedy="report this as a bug of dcompile")
-
-
-def _check_shapes(plan: Plan, where: str) -> None:
-    """Inputs and `done` have the shapes and dtypes that the loop fills and reads."""
-    one, block = (Size(0, 1, 0),), (Size(0, 1, 0), Size(0, 0, plan.sizes["n"]))
-    wanted: dict[str, tuple[tuple[Size, ...], str]] = dict.fromkeys(plan.inputs, (one, "f32"))
-    wanted |= dict.fromkeys({"block_seq", *_CLOCKS} - {"temperature"}, (one, "i64"))
-    wanted |= dict.fromkeys(("block_pos", "choice_row"), (block, "i64"))
-    wanted |= dict.fromkeys(_ROWS, ((Size(1, 0, 0),), "i64"))
-    wanted |= dict.fromkeys(_ROW_WEIGHTS, ((Size(1, 0, 0),), "f32"))
-    for name, index in (*plan.inputs.items(), ("done", plan.outputs["done"])):
-        shape, dtype = wanted.get(name, (one, "bool"))
-        if (plan.buffers[index].shape, plan.buffers[index].dtype) != (shape, dtype):
-            what = f"the plan is damaged: {name!r} has another shape or dtype than the loop's"
-            raise ArtifactError(what, where=where, remedy="compile the model again")
-
-
-def _canvas(executor: Backend, limits: Limits, where: str) -> Ints:
-    canvas = executor.state.get("canvas")
-    if canvas is None or canvas.shape != (limits.batch, limits.max_length):
-        raise ArtifactError("the plan has no canvas of slots and positions", where=where)
-    if canvas.dtype != torch.int64:
-        raise ArtifactError("the plan's canvas does not hold 64-bit ids", where=where)
-    return np.asarray(canvas)
-
-
-def _policy_state(artifact: Artifact, executor: Backend) -> list[tuple[str, bool]]:
-    """State that a request must not inherit, each with whether a block must not either."""
-    try:
-        listed = artifact.manifest["policy"].get("state", ())
-        resets = {str(item["name"]): item.get("reset", "block") for item in listed}
-    except (TypeError, KeyError, AttributeError) as error:
-        what = "the manifest's list of the policy's state cannot be read"
-        raise ArtifactError(what, where=str(artifact.path)) from error
-    return [
-        (name, resets.get(name) == "block")
-        for name in executor.state
-        if name != "canvas" and not name.startswith(("keys.", "values."))
-    ]

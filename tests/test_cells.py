@@ -18,7 +18,8 @@ from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.policies import policy_names
 from dcompile.runtime.caches import cache_policy
-from dcompile.runtime.loop import Result, Runner
+from dcompile.runtime.loop import Runner
+from dcompile.runtime.served import Result
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "decoding.md"
 FAMILY = {True: "llada", False: "sdar"}

@@ -10,7 +10,8 @@ from dcompile.driver import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.plain import PlainResult, plain_decode
-from dcompile.runtime.loop import Result, Runner
+from dcompile.runtime.loop import Runner
+from dcompile.runtime.served import Result
 
 BLOCK, THRESHOLD, COUNT = 8, 0.9, 64
 

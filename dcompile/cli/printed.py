@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dcompile.runtime.loop import Result, Runner
+    from dcompile.runtime.loop import Runner
+    from dcompile.runtime.served import Result
 
 
 class Stream:

@@ -12,7 +12,8 @@ import typer
 from dcompile.errors import RequestError
 
 if TYPE_CHECKING:
-    from dcompile.runtime.loop import Result, Runner
+    from dcompile.runtime.loop import Runner
+    from dcompile.runtime.served import Result
 
 _DEFAULT_LENGTH = 128
 Prompt = str | list[int]

@@ -15,7 +15,8 @@ from dcompile.driver import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.plain import plain_decode
-from dcompile.runtime.loop import Result, Runner
+from dcompile.runtime.loop import Runner
+from dcompile.runtime.served import Result
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"

@@ -17,7 +17,8 @@ from dcompile.profile.cost import Facts, chosen_experts, live_candidates
 from dcompile.profile.watch import Observer, Seen, Timed, Timer, resident_bytes
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.backend import open_backend
-from dcompile.runtime.loop import Result, Runner
+from dcompile.runtime.loop import Runner
+from dcompile.runtime.served import Result
 
 Progress = Callable[[str], None]
 UNKNOWN_RATE = 1e18
