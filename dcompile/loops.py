@@ -44,7 +44,7 @@ class MaskedLoops(TorchFunctionMode):
             if any(isinstance(k, Picked) for k in keys):
                 return look_up(args[0], keys)
             if any(isinstance(k, Hit) for k in keys):
-                found = [slice(k.number, k.number + 1) if isinstance(k, Hit) else k for k in keys]
+                found = [k.key if isinstance(k, Hit) else k for k in keys]
                 out = func(args[0], tuple(found))
                 self._follow(name, args, out)
                 return out
@@ -64,12 +64,12 @@ class MaskedLoops(TorchFunctionMode):
             assert self.parts is not None
             self.parts.append(out)
 
-    def _loop(self, mask: Tensor) -> Iterator[Hit]:
+    def _loop(self, mask: Tensor, axes: int) -> Iterator[Hit]:
         """All experts.  One that was not hit adds nothing, as masks inside are parts of this one."""
         self.parts = [mask]
         try:
             for expert in range(int(mask.shape[0])):
-                yield Hit(expert)
+                yield Hit(expert, axes)
         finally:
             self.parts = None
 
@@ -78,11 +78,8 @@ class MaskedLoops(TorchFunctionMode):
             raise unknown("a loop over the experts hit uses another mask")
         masks = [mask for hit, mask in self.hits if hit is x and x.dtype == torch.bool]
         where = x if x.dtype == torch.bool else x != 0
-        # one_hot(..)[e:e+1] of a loop's own index has an axis of size 1 in front.
-        while where.dim() > 1 and isinstance(where.shape[0], int) and where.shape[0] == 1:
-            where = where.squeeze(0)
-        mask = Mask(where, (lambda: self._loop(masks[0])) if masks else None)
-        found = tuple(Picked(mask, None, axis) for axis in range(where.dim()))
+        mask = Mask(where, (lambda axes: self._loop(masks[0], axes)) if masks else None)
+        found = tuple(Picked(mask, None, axis, not as_tuple) for axis in range(where.dim()))
         if as_tuple:
             return found
         return found[0] if where.dim() == 1 else refuse("nonzero")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Mask:
     """Places picked: a boolean tensor; of experts hit, the loop that runs over them."""
 
     where: Tensor
-    loop: Callable[[], Iterator[Hit]] | None = None
+    loop: Callable[[int], Iterator[Hit]] | None = None  # of how many axes its experts are
 
 
 class Count:
@@ -53,36 +53,49 @@ class Count:
 
 @dataclass(frozen=True, eq=False)
 class Hit:
-    """An expert of the loop, as a tensor of one number would say it."""
+    """An expert of the loop, as a tensor of one number would say it: of shape [1], or of no axes."""
 
     number: int
+    axes: int
+
+    @property
+    def key(self) -> int | slice:
+        """What indexes as the tensor would."""
+        return slice(self.number, self.number + 1) if self.axes else self.number
 
     def __index__(self) -> int:
         return self.number
 
     def __getitem__(self, key: object) -> int:
+        if not self.axes:
+            raise IndexError("an expert's number has no axes")
         return self.number
 
     def __eq__(self, other: object) -> bool:
         return self.number == other
 
-    __int__ = item = tolist = __index__
+    def tolist(self) -> int | list[int]:
+        return [self.number] if self.axes else self.number
+
+    __int__ = item = __index__
     __hash__ = None  # type: ignore[assignment]
 
     def squeeze(self, *dims: int) -> Hit:
-        return self
+        return Hit(self.number, 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Picked:
     """`full` [*places, ..] at the picked places, as a tensor [n, ..] with n unknown.
 
-    `axis` is set where the values are the places' own indices along one of the mask's axes.
+    `axis` is set where the values are the places' own indices along one of the mask's axes; `column`
+    where they are [n, 1].
     """
 
     mask: Mask
     full: Tensor | None
     axis: int | None = None
+    column: bool = False
 
     @classmethod
     def __torch_function__(
@@ -129,7 +142,7 @@ class Picked:
             raise unknown("which tokens are chosen")
         if self.mask.loop is None:
             raise unknown("which experts are looped over")
-        return self.mask.loop()
+        return self.mask.loop(int(self.column))
 
 
 def unknown(what: str) -> DataDependentShape:
@@ -150,7 +163,7 @@ def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             return first.full.shape[args[1]] if args[1] < 0 else refuse(name)  # type: ignore
         return Count()
     if name in ("squeeze", "flatten", "view", "reshape", "unsqueeze") and first.axis is not None:
-        return first
+        return _turn(name, first, args[1:])
     if name in ("reshape", "view"):
         return _reshape(*args, **kwargs)
     if name == "__getitem__":
@@ -170,6 +183,18 @@ def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if isinstance(out, (tuple, list)):
         return tuple(Picked(mask, t) for t in out)
     return Picked(mask, out)
+
+
+def _turn(name: str, x: Picked, dims: tuple[Any, ...]) -> Picked:
+    """Indices [n, 1] as [n], and back."""
+    if name in ("view", "reshape"):
+        shape = tuple(dims[0]) if isinstance(dims[0], (tuple, list)) else dims
+        if shape not in ((-1,), (-1, 1)):
+            return refuse(name)  # type: ignore[no-any-return]
+        return replace(x, column=len(shape) == 2)
+    if name == "unsqueeze" and (x.column or dims not in ((-1,), (1,))):
+        return refuse(name)  # type: ignore[no-any-return]
+    return replace(x, column=name == "unsqueeze")
 
 
 def refuse(name: str) -> Any:
@@ -201,7 +226,7 @@ def look_up(x: Tensor, keys: tuple[Any, ...]) -> Picked:
     """x[rows], x[rows, slots], x[None, rows], x[rows, slots, None]: the values at all places."""
     picked = [k for k in keys if isinstance(k, Picked)]
     mask = picked[0].mask
-    if any(p.mask is not mask or p.axis is None for p in picked):
+    if any(p.mask is not mask or p.axis is None or p.column for p in picked):
         return refuse("a lookup")  # type: ignore[no-any-return]
     # x[None, rows] has an axis of size 1 in front that the reshape after it removes.
     while keys[0] is None:
@@ -226,7 +251,7 @@ def _add_back(func: Any, out: Tensor, dim: int, rows: Any, values: Any, **kwargs
     if not (isinstance(rows, Picked) and isinstance(values, Picked)) or kwargs or dim != 0:
         return refuse("index_add")  # type: ignore[no-any-return]
     mask, axis = rows.mask, rows.axis
-    if values.mask is not mask or axis is None or values.full is None:
+    if values.mask is not mask or axis is None or rows.column or values.full is None:
         return refuse("index_add")  # type: ignore[no-any-return]
     when = mask.where.reshape(*mask.where.shape, *[1] * (values.full.dim() - mask.where.dim()))
     kept = values.full * when.to(values.full.dtype)

@@ -157,7 +157,7 @@ def _by_slot(choice: Node, product: Product, slot: Var) -> tuple[int, Chosen, Pr
     if any(isinstance(f, Same) for f in left):
         raise NotProven("an expert is used under a condition that is not its choice")
     was = at.place[-1]
-    if was == ZERO and slots(choice) == 1:
+    if was == ZERO and (choice.target is torch.ops.aten.sort.default or slots(choice) == 1):
         return key, at, replace(product, factors=left)
     if not isinstance(was, Var) or was not in product.over:
         raise NotProven("only some of the chosen experts are used")

@@ -288,6 +288,8 @@ def _of_chosen(reader: Reader, mine: Ref, logits: Node, choice: Chosen) -> bool:
     base = _base(reader, logits, choice)
     slot = choice.place[-1]
     if mine.index[-1] == slot:
+        if value(source).shape[-1] != (slot.size if isinstance(slot, Var) else 1):
+            return False  # over more than those used
         return _is(reader.element(source, mine.index), base, choice)
     if mine.index[-1] != choice:
         return False

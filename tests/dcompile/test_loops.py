@@ -30,6 +30,35 @@ def slot_weight(chosen: Tensor) -> Tensor:
     return chosen.float() / 7
 
 
+def squeezed(x: Tensor, chosen: Tensor) -> Tensor:
+    """The experts' numbers [1] pick an axis of size 1, which is squeezed away."""
+    y = torch.zeros_like(x)
+    hot = F.one_hot(chosen, 4).permute(2, 1, 0)
+    for e in torch.greater(hot.sum((-1, -2)), 0).nonzero():
+        slot, row = torch.where(hot[e].squeeze(0))
+        y = y.index_add(0, row, x[row] * slot_weight(chosen)[row, slot, None])
+    return y
+
+
+def numbers(x: Tensor, chosen: Tensor) -> Tensor:
+    """The experts' numbers without axes: nothing to squeeze."""
+    y = torch.zeros_like(x)
+    hot = F.one_hot(chosen, 4).permute(2, 1, 0)
+    for e in torch.greater(hot.sum((-1, -2)), 0).nonzero().squeeze(-1):
+        slot, row = torch.where(hot[e])
+        y = y.index_add(0, row, x[row] * slot_weight(chosen)[row, slot, None])
+    return y
+
+
+def batched(x: Tensor, chosen: Tensor) -> Tensor:
+    """Masks of a batch of one keep its axis."""
+    y, x, chosen = torch.zeros_like(x), x[None], chosen[None]
+    for e in range(4):
+        batch, row, _ = torch.where(chosen == e)
+        y = y.index_add(0, row, x[batch, row] * (e + 1))
+    return y
+
+
 def where(x: Tensor, chosen: Tensor) -> Tensor:
     y = x.clone()
     for e in range(4):
@@ -38,9 +67,10 @@ def where(x: Tensor, chosen: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("fn", [loop, where])
-def test_masks_add_what_the_loop_adds(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-    x, chosen = torch.randn(9, 8), torch.rand(9, 3).topk(2).indices
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("fn", [loop, squeezed, numbers, batched, where])
+def test_masks_add_what_the_loop_adds(fn: Callable[[Tensor, Tensor], Tensor], slots: int) -> None:
+    x, chosen = torch.randn(9, 8), torch.rand(9, 3).topk(slots).indices
     chosen[chosen == 1] = 3  # nothing goes to expert 1; some rows go to 3 twice
     wanted = fn(x, chosen)
     with traceable(nn.Module()):

@@ -239,35 +239,60 @@ def test_places_in_another_order_are_not_experts(router: Router) -> None:
     assert count(program, ops.ROUTE) == 0 and program.remarks
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     router=st.sampled_from(ROUTERS),
     spelling=st.sampled_from(SPELLINGS),
-    groups=st.integers(1, 3),
-    per_group=st.integers(2, 4),
     hidden=st.integers(2, 17),
-    inner=st.integers(2, 9),
+    inner=st.integers(1, 9),
     rows=st.integers(2, 9),
     data=st.data(),
 )
 def test_random_mixtures(
     router: Router,
     spelling: Spelling,
-    groups: int,
-    per_group: int,
     hidden: int,
     inner: int,
     rows: int,
     data: st.DataObject,
 ) -> None:
-    kept = data.draw(st.integers(1, groups))
-    most = kept * per_group if router is spellings.grouped else groups * per_group
-    # Not fused: the first of a sort. Not traced: a loop that squeezes the axis of a single slot away.
-    single = (
-        router is not spellings.softmax_chosen_by_logits and spelling is not spellings.nonzero_loop
-    )
-    top_k = data.draw(st.integers(1 if single else 2, most))
-    sizes = Sizes(hidden, inner, groups * per_group, top_k, groups, kept, data.draw(st.booleans()))
+    """Any count of experts, one and primes too, of which one to all are chosen."""
+    random_mixture(router, spelling, hidden, inner, rows, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(
+    router=st.sampled_from(ROUTERS),
+    spelling=st.sampled_from(SPELLINGS),
+    hidden=st.integers(2, 17),
+    inner=st.integers(1, 9),
+    rows=st.integers(2, 9),
+    data=st.data(),
+)
+def test_many_random_mixtures(
+    router: Router,
+    spelling: Spelling,
+    hidden: int,
+    inner: int,
+    rows: int,
+    data: st.DataObject,
+) -> None:
+    random_mixture(router, spelling, hidden, inner, rows, data)
+
+
+def random_mixture(
+    router: Router, spelling: Spelling, hidden: int, inner: int, rows: int, data: st.DataObject
+) -> None:
+    groups = kept = 1
+    if router is spellings.grouped:
+        groups, per_group = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 4))
+        kept = data.draw(st.integers(1, groups))
+        experts, most = groups * per_group, kept * per_group
+    else:
+        experts = most = data.draw(st.integers(1, 11))
+    top_k = data.draw(st.integers(1, most))
+    sizes = Sizes(hidden, inner, experts, top_k, groups, kept, data.draw(st.booleans()))
     compare(build(router, spelling, sizes, data.draw(st.integers(0, 99))), rows)
 
 
