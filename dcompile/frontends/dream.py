@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from dcompile.frontends.base import Config, Definition, rope_theta, rotary_dim
 from dcompile.frontends.layers import (
     Attention,
-    AttentionSizes,
-    Decoder,
-    DecoderLayer,
     DecoderSizes,
     GatedFFN,
 )
+from dcompile.frontends.layout import Layout, attention_sizes, divided_head, in_model
 
 DEFAULTS = {"block_length": 32, "policy": "threshold", "cache": "dual", "threshold": 0.9}
 
@@ -23,8 +18,10 @@ DEFAULTS = {"block_length": 32, "policy": "threshold", "cache": "dual", "thresho
 def read(config: Config) -> Definition:
     """The model that a `DreamModel` config describes."""
     refuse_what_is_not_computed(config)
-    attention = attention_sizes(config)
-    model = Dream(
+    attention = attention_sizes(config, divided_head(config), bias=True)
+    kinds = ("dense",) * config.size("num_hidden_layers", most=1000)
+    inner = config.size("intermediate_size")
+    layout = Layout(
         decoder=DecoderSizes(
             vocab=config.size("vocab_size"),
             hidden=attention.hidden,
@@ -32,35 +29,21 @@ def read(config: Config) -> Definition:
             rotary_dim=rotary_dim(config, attention.head_dim, 1.0),
             theta=rope_theta(config),
         ),
-        attention=attention,
-        inner=config.size("intermediate_size"),
+        kinds=kinds,
+        attention=partial(Attention, attention),
+        ffn={"dense": partial(GatedFFN, attention.hidden, inner)},
     )
     return Definition(
         family="dream",
-        vocab_size=model.decoder.vocab,
+        vocab_size=layout.decoder.vocab,
         max_positions=config.size("max_position_embeddings", 0) or None,
-        layer_kinds=("dense",) * config.size("num_hidden_layers", most=1000),
+        layer_kinds=kinds,
         defaults=DEFAULTS,
-        build=model.build,
-        rename=rename,
+        build=layout.build,
+        rename=in_model,
         shift=True,
         tied=config.flag("tie_word_embeddings", False),
     )
-
-
-@dataclass(frozen=True)
-class Dream:
-    decoder: DecoderSizes
-    attention: AttentionSizes
-    inner: int
-
-    def build(self, layers: Sequence[int], dtype: torch.dtype) -> Decoder:
-        return Decoder(self.decoder, dtype, (self.layer(dtype) for _ in layers))
-
-    def layer(self, dtype: torch.dtype) -> DecoderLayer:
-        hidden, eps = self.decoder.hidden, self.decoder.eps
-        mlp = GatedFFN(hidden, self.inner, dtype)
-        return DecoderLayer(hidden, eps, dtype, Attention(self.attention, dtype), mlp)
 
 
 def refuse_what_is_not_computed(config: Config) -> None:
@@ -68,21 +51,3 @@ def refuse_what_is_not_computed(config: Config) -> None:
     config.only("attention_bias", True)
     config.only("use_mrope", False)
     config.only("use_sliding_window", False)
-
-
-def attention_sizes(config: Config) -> AttentionSizes:
-    head_dim = config.divides("hidden_size", "num_attention_heads")
-    config.only("head_dim", head_dim)
-    config.divides("num_attention_heads", "num_key_value_heads")
-    return AttentionSizes(
-        hidden=config.size("hidden_size"),
-        heads=config.size("num_attention_heads"),
-        kv_heads=config.size("num_key_value_heads"),
-        head_dim=head_dim,
-        eps=config.number("rms_norm_eps"),
-        bias=True,
-    )
-
-
-def rename(parameter: str) -> str:
-    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"

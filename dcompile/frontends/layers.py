@@ -217,10 +217,13 @@ class MoE(nn.Module):
     """sum_e weight_e * expert_e(x), plus the shared experts where there are any."""
 
     def __init__(
-        self, sizes: MoESizes, dtype: torch.dtype, gate: SoftmaxRouter | GroupedRouter
+        self,
+        sizes: MoESizes,
+        dtype: torch.dtype,
+        router: type[SoftmaxRouter] | type[GroupedRouter],
     ) -> None:
         super().__init__()
-        self.gate = gate
+        self.gate = router(sizes, dtype)
         self.experts = Experts(sizes, dtype)
         self.shared = sizes.shared_inner > 0
         if self.shared:

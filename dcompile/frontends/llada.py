@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from dcompile.frontends.base import Config, Definition, rope_theta, rotary_dim
 from dcompile.frontends.layers import (
     Attention,
     AttentionSizes,
-    Decoder,
-    DecoderLayer,
     DecoderSizes,
     GatedFFN,
 )
+from dcompile.frontends.layout import Layout
 
 DEFAULTS = {"block_length": 32, "policy": "threshold", "cache": "dual", "threshold": 0.9}
 ENDS = {
@@ -40,7 +36,9 @@ def read(config: Config) -> Definition:
     """The model that a `LLaDAModelLM` config describes."""
     refuse_what_is_not_computed(config)
     attention = attention_sizes(config)
-    model = Llada(
+    kinds = ("dense",) * config.size("n_layers", most=1000)
+    inner = config.size("mlp_hidden_size")
+    layout = Layout(
         decoder=DecoderSizes(
             vocab=table_rows(config),
             hidden=attention.hidden,
@@ -49,34 +47,20 @@ def read(config: Config) -> Definition:
             theta=rope_theta(config),
             rotate_in_float32=config.flag("rope_full_precision", True),
         ),
-        attention=attention,
-        inner=config.size("mlp_hidden_size"),
+        kinds=kinds,
+        attention=partial(Attention, attention),
+        ffn={"dense": partial(GatedFFN, attention.hidden, inner)},
     )
     return Definition(
         family="llada",
-        vocab_size=model.decoder.vocab,
+        vocab_size=layout.decoder.vocab,
         max_positions=config.size("max_sequence_length", 0) or None,
-        layer_kinds=("dense",) * config.size("n_layers", most=1000),
+        layer_kinds=kinds,
         defaults=DEFAULTS,
-        build=model.build,
+        build=layout.build,
         rename=rename,
         tied=config.flag("weight_tying", False),
     )
-
-
-@dataclass(frozen=True)
-class Llada:
-    decoder: DecoderSizes
-    attention: AttentionSizes
-    inner: int
-
-    def build(self, layers: Sequence[int], dtype: torch.dtype) -> Decoder:
-        return Decoder(self.decoder, dtype, (self.layer(dtype) for _ in layers))
-
-    def layer(self, dtype: torch.dtype) -> DecoderLayer:
-        hidden, eps = self.decoder.hidden, self.decoder.eps
-        mlp = GatedFFN(hidden, self.inner, dtype)
-        return DecoderLayer(hidden, eps, dtype, Attention(self.attention, dtype), mlp)
 
 
 def refuse_what_is_not_computed(config: Config) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 from dcompile.frontends.base import Config, Definition, block_length, rope_theta, rotary_dim
 from dcompile.frontends.layers import (
     AttentionSizes,
-    Decoder,
-    DecoderLayer,
     DecoderSizes,
     GatedFFN,
     GroupedRouter,
@@ -23,6 +20,7 @@ from dcompile.frontends.layers import (
     rotate,
     split_heads,
 )
+from dcompile.frontends.layout import Layout, attention_sizes, own_head
 
 BLOCK_LENGTH = 32
 
@@ -56,19 +54,24 @@ class FusedAttention(nn.Module):
 def read(config: Config) -> Definition:
     """The model that a `LLaDA2MoeModelLM` config describes."""
     refuse_what_is_not_computed(config)
-    attention = attention_sizes(config)
+    attention = attention_sizes(config, own_head(config), qk_norm=config.flag("use_qk_norm", True))
     kinds = layer_kinds(config)
-    model = Llada2(
-        decoder=decoder_sizes(config, attention.head_dim),
-        attention=attention,
-        moe=moe_sizes(config),
-        dense_inner=config.size("intermediate_size") if "dense" in kinds else 0,
-        layer_kinds=kinds,
+    decoder = decoder_sizes(config, attention.head_dim)
+    moe = moe_sizes(config)
+    dense = config.size("intermediate_size") if "dense" in kinds else 0
+    layout = Layout(
+        decoder=decoder,
+        kinds=kinds,
+        attention=partial(FusedAttention, attention),
+        ffn={
+            "moe": partial(MoE, moe, router=GroupedRouter),
+            "dense": partial(GatedFFN, attention.hidden, dense),
+        },
     )
     length = block_length(config, BLOCK_LENGTH)
     return Definition(
         family="llada2",
-        vocab_size=model.decoder.vocab,
+        vocab_size=decoder.vocab,
         max_positions=config.size("max_position_embeddings", 0) or None,
         layer_kinds=kinds,
         defaults={
@@ -77,32 +80,12 @@ def read(config: Config) -> Definition:
             "cache": "block",
             "threshold": 0.95,
         },
-        build=model.build,
+        build=layout.build,
         rename=rename,
-        num_experts=model.moe.experts,
+        num_experts=moe.experts,
         block_length=length,
         tied=config.flag("tie_word_embeddings", False),
     )
-
-
-@dataclass(frozen=True)
-class Llada2:
-    decoder: DecoderSizes
-    attention: AttentionSizes
-    moe: MoESizes
-    dense_inner: int
-    layer_kinds: tuple[str, ...]
-
-    def build(self, layers: Sequence[int], dtype: torch.dtype) -> Decoder:
-        return Decoder(self.decoder, dtype, (self.layer(i, dtype) for i in layers))
-
-    def layer(self, i: int, dtype: torch.dtype) -> DecoderLayer:
-        hidden, eps = self.decoder.hidden, self.decoder.eps
-        if self.layer_kinds[i] == "moe":
-            mlp: MoE | GatedFFN = MoE(self.moe, dtype, GroupedRouter(self.moe, dtype))
-        else:
-            mlp = GatedFFN(hidden, self.dense_inner, dtype)
-        return DecoderLayer(hidden, eps, dtype, FusedAttention(self.attention, dtype), mlp)
 
 
 def refuse_what_is_not_computed(config: Config) -> None:
@@ -114,22 +97,6 @@ def refuse_what_is_not_computed(config: Config) -> None:
     config.only("use_rmsnorm", True)
     config.only("use_sliding_window", False)
     config.only("using_split_qkv_in_self_attention", False)
-
-
-def attention_sizes(config: Config) -> AttentionSizes:
-    if config.given("head_dim"):
-        head_dim = config.size("head_dim")
-    else:
-        head_dim = config.divides("hidden_size", "num_attention_heads")
-    config.divides("num_attention_heads", "num_key_value_heads")
-    return AttentionSizes(
-        hidden=config.size("hidden_size"),
-        heads=config.size("num_attention_heads"),
-        kv_heads=config.size("num_key_value_heads"),
-        head_dim=head_dim,
-        eps=config.number("rms_norm_eps"),
-        qk_norm=config.flag("use_qk_norm", True),
-    )
 
 
 def decoder_sizes(config: Config, head_dim: int) -> DecoderSizes:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from dcompile.frontends.base import Config, Definition, rope_theta, rotary_dim
 from dcompile.frontends.layers import (
     Attention,
-    AttentionSizes,
-    Decoder,
-    DecoderLayer,
     DecoderSizes,
     GatedFFN,
     MoE,
     MoESizes,
     SoftmaxRouter,
 )
+from dcompile.frontends.layout import Layout, attention_sizes, divided_head, in_model
 
 DEFAULTS = {"block_length": 64, "policy": "threshold", "cache": "dual", "threshold": 0.8}
 
@@ -27,44 +22,31 @@ def read(config: Config) -> Definition:
     """The model that a `LLaDAMoEModelLM` config describes."""
     refuse_what_is_not_computed(config)
     kinds = layer_kinds(config)
-    model = LladaMoe(
-        decoder=decoder_sizes(config),
-        attention=attention_sizes(config),
-        moe=moe_sizes(config),
-        dense_inner=config.size("dense_intermediate_size") if "dense" in kinds else 0,
-        layer_kinds=kinds,
+    head_dim = divided_head(config)
+    attention = attention_sizes(config, head_dim, qk_norm=config.required_flag("qk_layernorm"))
+    decoder = decoder_sizes(config, head_dim)
+    moe = moe_sizes(config)
+    dense = config.size("dense_intermediate_size") if "dense" in kinds else 0
+    layout = Layout(
+        decoder=decoder,
+        kinds=kinds,
+        attention=partial(Attention, attention),
+        ffn={
+            "moe": partial(MoE, moe, router=SoftmaxRouter),
+            "dense": partial(GatedFFN, attention.hidden, dense),
+        },
     )
     return Definition(
         family="llada_moe",
-        vocab_size=model.decoder.vocab,
+        vocab_size=decoder.vocab,
         max_positions=config.size("max_position_embeddings", 0) or None,
-        layer_kinds=model.layer_kinds,
+        layer_kinds=kinds,
         defaults=DEFAULTS,
-        build=model.build,
-        rename=rename,
-        num_experts=model.moe.experts,
+        build=layout.build,
+        rename=in_model,
+        num_experts=moe.experts,
         tied=config.flag("tie_word_embeddings", False),
     )
-
-
-@dataclass(frozen=True)
-class LladaMoe:
-    decoder: DecoderSizes
-    attention: AttentionSizes
-    moe: MoESizes
-    dense_inner: int
-    layer_kinds: tuple[str, ...]
-
-    def build(self, layers: Sequence[int], dtype: torch.dtype) -> Decoder:
-        return Decoder(self.decoder, dtype, (self.layer(i, dtype) for i in layers))
-
-    def layer(self, i: int, dtype: torch.dtype) -> DecoderLayer:
-        hidden, eps = self.decoder.hidden, self.decoder.eps
-        if self.layer_kinds[i] == "moe":
-            mlp: MoE | GatedFFN = MoE(self.moe, dtype, SoftmaxRouter(self.moe, dtype))
-        else:
-            mlp = GatedFFN(hidden, self.dense_inner, dtype)
-        return DecoderLayer(hidden, eps, dtype, Attention(self.attention, dtype), mlp)
 
 
 def refuse_what_is_not_computed(config: Config) -> None:
@@ -79,22 +61,7 @@ def refuse_what_is_not_computed(config: Config) -> None:
     config.only("router_topk_group", 1)
 
 
-def attention_sizes(config: Config) -> AttentionSizes:
-    head_dim = config.divides("hidden_size", "num_attention_heads")
-    config.only("head_dim", head_dim)
-    config.divides("num_attention_heads", "num_key_value_heads")
-    return AttentionSizes(
-        hidden=config.size("hidden_size"),
-        heads=config.size("num_attention_heads"),
-        kv_heads=config.size("num_key_value_heads"),
-        head_dim=head_dim,
-        eps=config.number("rms_norm_eps"),
-        qk_norm=config.required_flag("qk_layernorm"),
-    )
-
-
-def decoder_sizes(config: Config) -> DecoderSizes:
-    head_dim = config.divides("hidden_size", "num_attention_heads")
+def decoder_sizes(config: Config, head_dim: int) -> DecoderSizes:
     return DecoderSizes(
         vocab=config.size("vocab_size"),
         hidden=config.size("hidden_size"),
@@ -124,7 +91,3 @@ def layer_kinds(config: Config) -> tuple[str, ...]:
     if len(each) != count or any(one not in (0, 1) for one in each):
         raise config.error("moe_layer_freq", f"0 or 1, or a list of {count} of them (one a layer)")
     return tuple("moe" if one else "dense" for one in each)
-
-
-def rename(parameter: str) -> str:
-    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from dcompile.frontends.base import Config, Definition, block_length, rope_theta, rotary_dim
 from dcompile.frontends.layers import (
     Attention,
-    AttentionSizes,
-    Decoder,
-    DecoderLayer,
     DecoderSizes,
     GatedFFN,
     MoE,
     MoESizes,
     SoftmaxRouter,
 )
+from dcompile.frontends.layout import Layout, Part, attention_sizes, in_model, own_head
 
 BLOCK_LENGTH = 4
 
@@ -35,10 +30,14 @@ def read_moe(config: Config) -> Definition:
 
 def define(config: Config, family: str, moe: MoESizes | None) -> Definition:
     refuse_what_is_not_computed(config)
-    attention = attention_sizes(config)
+    attention = attention_sizes(config, own_head(config), qk_norm=True)
     length = block_length(config, BLOCK_LENGTH)
     kinds = layer_kinds(config, moe)
-    model = Sdar(
+    dense = config.size("intermediate_size") if "dense" in kinds else 0
+    ffn: dict[str, Part] = {"dense": partial(GatedFFN, attention.hidden, dense)}
+    if moe is not None:
+        ffn["moe"] = partial(MoE, moe, router=SoftmaxRouter)
+    layout = Layout(
         decoder=DecoderSizes(
             vocab=config.size("vocab_size"),
             hidden=attention.hidden,
@@ -47,14 +46,13 @@ def define(config: Config, family: str, moe: MoESizes | None) -> Definition:
             theta=rope_theta(config),
             block_length=length,
         ),
-        attention=attention,
-        inner=config.size("intermediate_size") if "dense" in kinds else 0,
-        moe=moe,
-        layer_kinds=kinds,
+        kinds=kinds,
+        attention=partial(Attention, attention),
+        ffn=ffn,
     )
     return Definition(
         family=family,
-        vocab_size=model.decoder.vocab,
+        vocab_size=layout.decoder.vocab,
         max_positions=config.size("max_position_embeddings", 0) or None,
         layer_kinds=kinds,
         defaults={
@@ -63,55 +61,18 @@ def define(config: Config, family: str, moe: MoESizes | None) -> Definition:
             "cache": "block",
             "threshold": 0.85,
         },
-        build=model.build,
-        rename=rename,
+        build=layout.build,
+        rename=in_model,
         num_experts=moe.experts if moe else 0,
         block_length=length,
         tied=config.flag("tie_word_embeddings", False),
     )
 
 
-@dataclass(frozen=True)
-class Sdar:
-    decoder: DecoderSizes
-    attention: AttentionSizes
-    inner: int
-    moe: MoESizes | None
-    layer_kinds: tuple[str, ...]
-
-    def build(self, layers: Sequence[int], dtype: torch.dtype) -> Decoder:
-        return Decoder(self.decoder, dtype, (self.layer(i, dtype) for i in layers))
-
-    def layer(self, i: int, dtype: torch.dtype) -> DecoderLayer:
-        hidden, eps = self.decoder.hidden, self.decoder.eps
-        if self.moe and self.layer_kinds[i] == "moe":
-            mlp: MoE | GatedFFN = MoE(self.moe, dtype, SoftmaxRouter(self.moe, dtype))
-        else:
-            mlp = GatedFFN(hidden, self.inner, dtype)
-        return DecoderLayer(hidden, eps, dtype, Attention(self.attention, dtype), mlp)
-
-
 def refuse_what_is_not_computed(config: Config) -> None:
     config.only("hidden_act", "silu")
     config.only("attention_bias", False)
     config.only("use_sliding_window", False)
-
-
-def attention_sizes(config: Config) -> AttentionSizes:
-    """Qwen3 says the head size apart from the hidden size; where it does not, they divide."""
-    if config.given("head_dim"):
-        head_dim = config.size("head_dim")
-    else:
-        head_dim = config.divides("hidden_size", "num_attention_heads")
-    config.divides("num_attention_heads", "num_key_value_heads")
-    return AttentionSizes(
-        hidden=config.size("hidden_size"),
-        heads=config.size("num_attention_heads"),
-        kv_heads=config.size("num_key_value_heads"),
-        head_dim=head_dim,
-        eps=config.number("rms_norm_eps"),
-        qk_norm=True,
-    )
 
 
 def moe_sizes(config: Config) -> MoESizes:
@@ -135,7 +96,3 @@ def layer_kinds(config: Config, moe: MoESizes | None) -> tuple[str, ...]:
     if not isinstance(dense, list) or any(i not in range(count) for i in dense):
         raise config.error("mlp_only_layers", f"a list of layers from 0 to {count - 1}")
     return tuple("moe" if i not in dense and (i + 1) % step == 0 else "dense" for i in range(count))
-
-
-def rename(parameter: str) -> str:
-    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
