@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dcompile.codegen.cpu.build import ISA_FLAGS, build, build_library, isas, library_sources
 from dcompile.codegen.kernels.aot import compiler_version
@@ -14,6 +14,9 @@ from dcompile.codegen.lower import Lowered, emitted_sources, lower
 from dcompile.codegen.targets import Target, parse_target
 from dcompile.ir.program import Program
 from dcompile.ir.show import show_node
+
+if TYPE_CHECKING:
+    from dcompile.codegen.cuda.lower import CudaLowered
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ def backend_of(target: str) -> Backend:
     """The backend that a settled target names."""
     found = parse_target(target)
     return CPU() if found.kind == "cpu" else CUDA(found)
+
+
+def lower_cuda(program: Program, target: Target) -> CudaLowered:
+    """What a CUDA artifact is made of; raises BuildError without Triton."""
+    compiler_version()  # before any module that needs Triton: it says what to install
+    from dcompile.codegen.cuda.lower import lower as lower_to_kernels
+
+    return lower_to_kernels(program, target.architectures, gated=True)
 
 
 @dataclass(frozen=True)
@@ -74,11 +85,9 @@ class CUDA:
     target: Target
 
     def __call__(self, program: Program) -> Code:
-        compiler_version()  # before any module that needs Triton: it says what to install
+        lowered = lower_cuda(program, self.target)
         from dcompile.codegen.cuda import artifact as cuda
-        from dcompile.codegen.cuda.lower import lower as lower_cuda
 
-        lowered = lower_cuda(program, self.target.architectures)
         lines = {n: show_node(n, program) for n in program.nodes() if n.op == "call_function"}
         files = cuda.build_cuda(lowered, self.target.architectures)
         manifest = {

@@ -6,26 +6,32 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from dcompile.backends import lower_cuda
 from dcompile.codegen.launches import Launch, Value
 from dcompile.codegen.lower import Lowered, lower, stored_tensors
+from dcompile.codegen.targets import Target, parse_target
 from dcompile.driver import Origin, Progress, manifest_facts, open_origin, settle, trace_origin
-from dcompile.errors import VerificationError
+from dcompile.errors import DeviceError, VerificationError, WrongArchitecture
 from dcompile.ir.program import Program
 from dcompile.ir.stored import dump
 from dcompile.options import Options, recorded_options
 from dcompile.pipeline import run
-from dcompile.runtime.artifact import Artifact
-from dcompile.runtime.backend import Backend
+from dcompile.runtime.artifact import Artifact, open_artifact
+from dcompile.runtime.backend import Backend, open_backend
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.state import Binding
 from dcompile.stages import TOLERANCE, Case, Recorded, Stages, cases, distance
 from dcompile.untrusted import parse_json
+from dcompile.verify_kernels import compare_kernels
+
+if TYPE_CHECKING:
+    from dcompile.codegen.cuda.lower import CudaLowered
 
 PROGRAM = "program.json"
 _AGAIN = "compile the checkpoint again with this version"
@@ -42,8 +48,9 @@ class Compiled:
 
     origin: Origin
     options: Options
+    target: Target
     program: Program
-    lowered: Lowered
+    lowered: Lowered | CudaLowered
     stages: Stages | None
 
 
@@ -61,19 +68,37 @@ def verify(
     Then each launch of one step is compared with the last stage, layer by layer. Without `run_model` nothing
     is run.
     """
-    runner = Runner.load(artifact)
-    made = compile_again(Path(checkpoint), runner.artifact.manifest["options"], run_model, progress)
+    opened = open_artifact(artifact)
+    # What cannot run here is said before anything is computed.
+    runner = _runner(opened) if run_model else None
+    made = compile_again(Path(checkpoint), opened.manifest["options"], run_model, progress)
     lines = []
     if made.stages is not None:
         count = len(made.stages.passed)
         lines.append(f"{count} stages: within {made.stages.worst:.1e} of the eager module\n")
     progress("tensors")
-    lines.append(compare_tensors(runner.artifact, made))
-    compare_plan(runner.artifact, made)
-    if made.stages is not None:
+    lines.append(compare_tensors(opened, made))
+    compare_plan(opened, made)
+    if not isinstance(made.lowered, Lowered):
+        progress("kernels")
+        lines.append(compare_kernels(opened, made.lowered, made.target))
+    if runner is not None:
         progress("layers")
         lines.append(compare_layers(runner, made))
     return "".join(lines)
+
+
+def _runner(artifact: Artifact) -> Runner:
+    """Raises DeviceError where this machine has not what the artifact was compiled for."""
+    try:
+        return Runner(artifact, open_backend(artifact))
+    except (DeviceError, WrongArchitecture) as missing:
+        raise DeviceError(
+            f"the launches of an artifact for {artifact.manifest['target']} cannot be run here: {missing.what}",
+            where=missing.where,
+            remedy="--no-run compares tensors, plan and kernels without a GPU; with one, `dcompile verify` "
+            "there compares each launch too",
+        ) from missing
 
 
 def compile_again(
@@ -84,6 +109,8 @@ def compile_again(
 ) -> Compiled:
     """Compile with an artifact's recorded options; raises VerificationError at a pass that departs."""
     options = recorded_options(recorded, "manifest.json")
+    if isinstance(recorded.get("target"), str):
+        options = options.changed(target=recorded["target"])
     options.validate()
     origin = open_origin(checkpoint, options)
     settled = replace(settle(options, origin.spec), stop_after=None)
@@ -98,7 +125,9 @@ def compile_again(
         inputs = cases(program.shape, vocab)
         stages = Stages(model, origin.read, facts["policy"]["parameters"], inputs)
     run(program, settled, stages, progress)
-    return Compiled(origin, settled, program, lower(program), stages)
+    target = parse_target(settled.target)
+    made = lower(program) if target.kind == "cpu" else lower_cuda(program, target)
+    return Compiled(origin, settled, target, program, made, stages)
 
 
 def _eager(checkpoint: Path, origin: Origin, options: Options) -> nn.Module:
@@ -243,8 +272,8 @@ def compare_layers(runner: Runner, made: Compiled) -> str:
 def _prepare(executor: Backend, made: Compiled, case: Case) -> Binding:
     """The artifact's buffers with a case's inputs in them."""
     values = _arguments(made, case)
-    for name, state in executor.state.items():
-        state.copy_(values[name])
+    for name in executor.state:
+        executor.put(name, values[name])
     return executor.fill({n: values[n] for n in executor.plan.inputs})
 
 
@@ -266,7 +295,7 @@ def _compare_launches(executor: Backend, made: Compiled, case: Case) -> float:
             value = recorded.values.get(node)
             target = binding.tensor(buffer)
             if value is not None and value.numel() == target.numel():
-                target.copy_(value.reshape(target.shape))
+                binding.put(buffer, value.reshape(target.shape))
         executor.launch(binding, part=(index, index + 1))
         for node, buffer in _writes(launch, text["writes"]):
             value = recorded.values.get(node)
@@ -290,7 +319,7 @@ def _compare_launches(executor: Backend, made: Compiled, case: Case) -> float:
 
 def _reads(launch: Launch, text: list[Any]) -> Iterator[tuple[Node, int]]:
     """The computed values that a launch takes, with the plan's buffers of them."""
-    given = launch.args if launch.kind == "native" else launch.node.args
+    given = launch.node.args if launch.kind == "aten" else launch.args
     for argument, said in zip(given, text, strict=True):
         several: Any = argument if isinstance(said, list) else [argument]
         for one, place in zip(several, said if isinstance(said, list) else [said], strict=True):

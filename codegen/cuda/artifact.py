@@ -66,7 +66,10 @@ def _table(lowered: CudaLowered, compiled: Sequence[Compiled]) -> dict[str, Any]
     found = {f"sm_{arch}": recorded(lowered.variants, arch) for arch in arches}
     # Which entries of the table of tiles the kernels follow, with their times.
     tuned = {name: entries for name, entries in found.items() if entries}
-    return {"triton": compiler_version(), "tuned": tuned, "kernels": kernels}
+    return {
+        **{"triton": compiler_version(), "tuned": tuned},
+        **{"refused_tiles": lowered.refused, "kernels": kernels},
+    }
 
 
 def readable_sources(lowered: CudaLowered, lines: Mapping[Node, str]) -> str:

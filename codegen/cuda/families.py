@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -50,6 +51,8 @@ class Site:
     results: list[Node]
     covers: list[Node]  # the nodes that it stands for; the last is where it runs
     updates: list[Node] = field(default_factory=list)
+    make: Callable[..., Lowering] | None = None
+    """The lowering once more, with `smaller` tiles; None where there are none to choose."""
 
 
 @dataclass
@@ -228,9 +231,10 @@ def _linear(f: Families, node: Node) -> Site | None:
     named = operands(y=node, x=x, w=weight, bias=bias)
     found = find_epilogue(f.program, node, f.taken)
     if found is None:
-        lowering = linear.launches(**sizes, bias=bias is not None)
-        return Site(lowering, named, [node], [node])
-    lowering = linear.launches(
+        make = partial(linear.launches, **sizes, bias=bias is not None)
+        return Site(make(), named, [node], [node], make=make)
+    make = partial(
+        linear.launches,
         **sizes,
         bias=bias is not None,
         other=SHORT[value(found.other).dtype] if found.other is not None else None,
@@ -238,7 +242,7 @@ def _linear(f: Families, node: Node) -> Site | None:
         out_dtype=SHORT[value(found.result).dtype],
     )
     named |= operands(y=found.result, other=found.other)
-    return Site(lowering, named, [found.result], [node, *found.nodes])
+    return Site(make(), named, [found.result], [node, *found.nodes], make=make)
 
 
 def _silu_mul(f: Families, node: Node) -> Site | None:
@@ -254,12 +258,13 @@ def _silu_mul(f: Families, node: Node) -> Site | None:
         x, weight, bias = (*source.args, None)[:3]
         alone = all(len(n.users) == 1 for n in (gate, up, *along, *([source] if along else [])))
         if short(x, weight, bias) == dtype and alone:
-            lowering = linear.gated_launches(
+            make = partial(
+                linear.gated_launches,
                 **{"rows": f.rows(node), "n": width, "k": int(value(x).shape[-1])},
                 **{"dtype": dtype, "arch": f.arch, "bias": bias is not None},
             )
             named = operands(y=node, x=x, w=weight, bias=bias)
-            return Site(lowering, named, [node], [source, *along, gate, up, node])
+            return Site(make(), named, [node], [source, *along, gate, up, node], make=make)
     lowering = silu_mul.launches(
         rows=f.rows(node), width=width, dtype=dtype, gate_stride=g_stride, up_stride=u_stride
     )
@@ -306,7 +311,8 @@ def _attend(f: Families, node: Node) -> Site | None:
     if all(p is not None for p in picked) and len({p[1] for p in picked}) == 1:
         along, index = [q, row_seq, row_limit], picked[0][1]
         q, row_seq, row_limit = (p[0] for p in picked)
-    lowering = attend.launches(
+    make = partial(
+        attend.launches,
         rows=f.rows(node, 2),
         heads=int(value(q).shape[1]),
         groups=groups,
@@ -322,7 +328,7 @@ def _attend(f: Families, node: Node) -> Site | None:
         **{"o": node, "q": q, "keys": keys, "values": values},
         **{"row_seq": row_seq, "row_limit": row_limit, "chosen": index},
     )
-    return Site(lowering, named, [node], [*along, node])
+    return Site(make(), named, [node], [*along, node], make=make)
 
 
 def _route(f: Families, node: Node) -> Site | None:
@@ -351,13 +357,16 @@ def _route(f: Families, node: Node) -> Site | None:
                 source, cast = behind(x, CAST)
                 if short(source) is None or any(len(n.users) > 1 for n in cast):
                     source, cast = x, []
-            lowering = route.product_launches(
+            make = partial(
+                route.product_launches,
                 **{"hidden": int(value(x).shape[-1]), "product_bias": b is not None},
                 **{"dtype": SHORT[value(source).dtype], "w_dtype": SHORT[value(weight).dtype]},
                 **how,
             )
             named |= operands(x=source, w=weight, b=b)
-            return Site(lowering, named, [weights, experts], [*cast, product, *along, node])
+            return Site(
+                make(), named, [weights, experts], [*cast, product, *along, node], make=make
+            )
     dtype = short(logits)
     if dtype is None:
         return None
@@ -398,12 +407,13 @@ def _soft_embed(f: Families, node: Node) -> Site | None:
     if dtype is None or SHORT[value(live).dtype] != "bool":
         return None
     vocab, hidden = (int(d) for d in value(weight).shape)
-    lowering = soft_embed.launches(
+    make = partial(
+        soft_embed.launches,
         **{"rows": f.rows(live, 0), "vocab": vocab, "hidden": hidden, "dtype": dtype},
         **{"width": int(value(table).shape[-1]), "arch": f.arch, "bias": bias is not None},
     )
     named = operands(y=node, x=x, w=weight, bias=bias, table=table, live=live, weight=factor)
-    return Site(lowering, named, [node], [node])
+    return Site(make(), named, [node], [node], make=make)
 
 
 def _moe_ffn(f: Families, node: Node) -> Site | None:
@@ -422,7 +432,8 @@ def _moe_ffn(f: Families, node: Node) -> Site | None:
             for routed, one in ((gate_up, found.gate_up), (down, found.down))
         )
         shared, out, along = 1, found.sum, found.nodes
-    lowering = moe_ffn.launches(
+    make = partial(
+        moe_ffn.launches,
         **{"rows": f.rows(x), "hidden": hidden, "width": width, "num_experts": count},
         **{"top_k": int(value(weights).shape[-1]), "dtype": dtype, "arch": f.arch},
         **{"activation": activation, "gate_up_bias": gate_up_bias is not None},
@@ -434,7 +445,7 @@ def _moe_ffn(f: Families, node: Node) -> Site | None:
         **{"down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias},
     )
     covers = sorted({node, out, *along}, key=list(f.program.graph.nodes).index)
-    return Site(lowering, named, [out], covers)
+    return Site(make(), named, [out], covers, make=make)
 
 
 @dataclass(frozen=True)
@@ -503,7 +514,8 @@ def _vocab_choice(f: Families, node: Node) -> Site | None:
         return None
     found = all_outputs(f.program, node, 7 if asked else 4)
     vocab, hidden = (int(d) for d in value(weight).shape)
-    lowering = vocab_choice.launches(
+    make = partial(
+        vocab_choice.launches,
         **{"sequences": f.rows(temperature, 0), "length": int(value(live).shape[-1])},
         **{"hidden": hidden, "vocab": vocab, "mask_id": mask_id, "dtype": dtype, "arch": f.arch},
         **{"bias": bias is not None, "asked": int(value(asked[0]).shape[-1]) if asked else 0},
@@ -514,7 +526,7 @@ def _vocab_choice(f: Families, node: Node) -> Site | None:
         **{"x": x, "w": weight, "bias": bias, "live": live, "temperature": temperature},
         **{"seed": seed, "tick": tick, "pos": pos, "asked": asked[0] if asked else None},
     )
-    return Site(lowering, named, list(found), [node])
+    return Site(make(), named, list(found), [node], make=make)
 
 
 FIRST = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dcompile.codegen.cuda.families import EMITTED, Site
+from dcompile.codegen.cuda.fitting import Refusals, fit
 from dcompile.codegen.cuda.pointwise import FUNCTIONS
 from dcompile.codegen.cuda.schedule import Printed, schedule
 from dcompile.codegen.kernels import advance
@@ -28,16 +30,24 @@ class CudaLowered:
     launches: list[Launch]
     variants: tuple[Variant, ...]  # distinct, in the order of their first launch
     emitted: str  # the module of what was printed for this plan; empty where nothing was
+    refused: Refusals = field(default_factory=dict)  # tiles that the gate did not take
 
 
-def lower(program: Program, architectures: Sequence[int]) -> CudaLowered:
+def lower(program: Program, architectures: Sequence[int], gated: bool = False) -> CudaLowered:
     """Schedule launches, place values; the program becomes BOUND.
 
-    A plan has one set of tiles: those that fit the chip with the least shared memory of all asked.
+    A plan has one set of tiles: those that fit the chip with the least shared memory of all asked, and
+    with `gated` smaller ones where the gate refuses what these are compiled to (`fitting.py`).
     Raises UnsupportedModel where an operator has no kernel, with the operator's name.
     """
     arch = min(architectures, key=lambda a: ARCHITECTURES[a].shared)
-    plan, printed = schedule(program, arch)
+    refused: Refusals = {}
+
+    def fitted(sites: Iterable[Site], functions: Mapping[str, str]) -> None:
+        text = module_text(Printed(functions=dict(functions)))
+        refused.update(fit(sites, architectures, {EMITTED: text} if text else {}))
+
+    plan, printed = schedule(program, arch, fitted if gated else None)
     variants = name_variants(plan.launches)
     text, buffers = bind(program, plan)
     if "done" in text["outputs"]:
@@ -52,7 +62,7 @@ def lower(program: Program, architectures: Sequence[int]) -> CudaLowered:
         }
         variants.append(step.variant)
     return CudaLowered(
-        text, stored_of(buffers), plan.launches, tuple(variants), module_text(printed)
+        text, stored_of(buffers), plan.launches, tuple(variants), module_text(printed), refused
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -48,10 +48,14 @@ class Printed:
     imports: set[str] = field(default_factory=set)
 
 
-def schedule(program: Program, arch: int) -> tuple[Schedule, Printed]:
+Fit = Callable[[Iterable[Site], Mapping[str, str]], None]
+"""Gives sites other tiles; the functions that their kernels inline are those that were printed, by name."""
+
+
+def schedule(program: Program, arch: int, fit: Fit | None = None) -> tuple[Schedule, Printed]:
     """Turn every node into a launch or a part of one; raises UnsupportedModel with the node's name."""
     decompose(program)
-    return _Scheduler(program, arch).run()
+    return _Scheduler(program, arch).run(fit)
 
 
 class _Scheduler:
@@ -63,8 +67,10 @@ class _Scheduler:
         self.open: dict[str, list[Node]] = {}  # groups of nodes to print, by what leads them
         self.written: dict[Node, Launch] = {}  # states, by the launch that changed them
 
-    def run(self) -> tuple[Schedule, Printed]:
+    def run(self, fit: Fit | None) -> tuple[Schedule, Printed]:
         sites = self.families.sites()
+        if fit is not None:
+            fit(sites.values(), self.printed.functions)
         for node in self.program.nodes():
             if node.op != "call_function" or isinstance(node.meta["val"], (int, torch.SymInt)):
                 continue

@@ -86,7 +86,13 @@ def key(variant: Variant, arch: int, sources: Mapping[str, str]) -> str:
     functions = [variant.kernel, *(v for _, v in variant.constants if isinstance(v, str))]
     # The worker too: the facts that it reads off are kept beside the binary.
     modules = sorted({f"{PACKAGE}.worker", *(name.partition(":")[0] for name in functions)})
-    texts = {name: text for m in modules for name, text in _closure(m, sources).items()}
+    needed = {
+        m: _functions_of(sources[m], [f.partition(":")[2] for f in functions if f.startswith(m)])
+        for m in modules
+        if m in sources and not m.startswith(PACKAGE)
+    }
+    given = {**sources, **needed}
+    texts = {name: text for m in modules for name, text in _closure(m, given).items()}
     binary = replace(variant, name="", grid=(1, 1, 1)).to_json()  # neither is in it
     parts = [FORMAT, compiler_version(), arch, binary, sorted(texts.items())]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -114,6 +120,26 @@ def _closure(module: str, sources: Mapping[str, str]) -> dict[str, str]:
             found[name] = sources[name] if name in sources else _text(name)
             todo += [m for m in _imported(found[name]) if m.startswith(OWN) or m in sources]
     return found
+
+
+def _functions_of(text: str, names: Sequence[str]) -> str:
+    """A printed module without the functions that `names` do not call: what else it has is in no binary."""
+    tree = ast.parse(text)
+    functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+    todo, wanted = list(names), set()
+    while todo:
+        if (name := todo.pop()) in functions and name not in wanted:
+            wanted.add(name)
+            todo += [n.id for n in ast.walk(functions[name]) if isinstance(n, ast.Name)]
+    kept = [n for n in tree.body if not isinstance(n, ast.FunctionDef) or n.name in wanted]
+    used = {n.id for m in kept for n in ast.walk(m) if isinstance(n, ast.Name)}
+    for node in kept:
+        if isinstance(node, ast.ImportFrom):
+            node.names = [a for a in node.names if (a.asname or a.name) in used]
+    tree.body = [
+        n for n in kept if not isinstance(n, (ast.Expr, ast.ImportFrom)) or getattr(n, "names", ())
+    ]
+    return ast.unparse(tree)
 
 
 @cache

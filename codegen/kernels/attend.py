@@ -25,7 +25,7 @@ from dcompile.codegen.kernels.assemble import (
     power_of_two,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, attend_tiles
+from dcompile.codegen.kernels.configurations import Tiles, attend_tiles, shrunk
 from dcompile.codegen.kernels.dot import arrives_last
 from dcompile.codegen.kernels.variant import Expression, Lowering, Scratch
 
@@ -241,6 +241,7 @@ def launches(
     window: int = 32,
     tiles: Tiles | None = None,
     chosen: bool = False,
+    smaller: int = 0,
 ) -> Lowering:
     """Operands o, q [rows, heads, size], keys, values [N, positions, groups, size], row_seq, row_limit.
 
@@ -250,6 +251,8 @@ def launches(
     """
     shared = heads // groups
     tiles = tiles or attend_tiles(window, heads, groups, size, dtype, arch)
+    # A tile has whole heads, and a run of keys is the cache's: neither is made smaller.
+    tiles = shrunk(tiles, smaller, rows=False, depth=False)
     block = max(tiles.rows, power_of_two(shared, 16))
     chunks = cdiv(positions, tiles.depth)
     split = chunks > 1

@@ -128,6 +128,27 @@ def attend_tiles(
     return Tiles(rows, 64 if wide else 32, 256, warps=4, stages=2)
 
 
+def shrunk(
+    tiles: Tiles, times: int, *, rows: bool = True, columns: bool = True, depth: bool = True
+) -> Tiles:
+    """The tiles that are tried after `times` refusals of the gate: halved in what the kernel lets be halved.
+
+    Fewer columns first, which hold most registers; then shallower stages of the pipeline; then fewer rows.
+    Where nothing is left to halve the tiles stay as they are.
+    """
+    for _ in range(times):
+        smaller = [
+            (columns and tiles.columns > 32, replace(tiles, columns=tiles.columns // 2)),
+            (depth and tiles.depth > 64, replace(tiles, depth=tiles.depth // 2)),
+            (tiles.stages > 2, replace(tiles, stages=tiles.stages - 1)),
+            (columns and tiles.columns > 16, replace(tiles, columns=tiles.columns // 2)),
+            (rows and tiles.rows > 16, replace(tiles, rows=tiles.rows // 2)),
+            (depth and tiles.depth > 32, replace(tiles, depth=tiles.depth // 2)),
+        ]
+        tiles = next((found for allowed, found in smaller if allowed), tiles)
+    return tiles
+
+
 def _grid(rows: tuple[int, ...], columns: tuple[int, ...], depths: tuple[int, ...]) -> list[Tiles]:
     return [
         Tiles(r, c, d, warps=w, stages=s)

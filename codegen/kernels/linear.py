@@ -22,7 +22,7 @@ from dcompile.codegen.kernels.assemble import (
     operand,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, gated_tiles, linear_tiles
+from dcompile.codegen.kernels.configurations import Tiles, gated_tiles, linear_tiles, shrunk
 from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
 from dcompile.codegen.kernels.variant import ConstantValue, Expression, Lowering, Scratch
 
@@ -153,6 +153,7 @@ def launches(
     epilogue: str | None = None,
     out_dtype: str | None = None,
     tiles: Tiles | None = None,
+    smaller: int = 0,
 ) -> Lowering:
     """y [rows, n] = epilogue(x [rows, k] w [n, k]^T + bias, other [rows, n]).
 
@@ -160,7 +161,7 @@ def launches(
     ("module:function"); the default adds `other` where there is one.  y may have another dtype than x
     and w.
     """
-    tiles = tiles or linear_tiles(n, k, dtype, arch)
+    tiles = shrunk(tiles or linear_tiles(n, k, dtype, arch), smaller)
     function = epilogue or f"{PACKAGE}.pointwise:{'add' if other else 'identity'}"
     split = tiles.splits > 1
     out = out_dtype or dtype
@@ -216,12 +217,13 @@ def gated_launches(
     activation: str = "silu",
     bias: bool = False,
     tiles: Tiles | None = None,
+    smaller: int = 0,
 ) -> Lowering:
     """y [rows, n] = act(gate) * up with (gate, up) = x [rows, k] w [2 n, k]^T + bias [2 n].
 
     Operands y, x, w, bias: a linear whose only reader is silu_mul of its two halves.
     """
-    tiles = tiles or gated_tiles(n, k, dtype, arch)
+    tiles = shrunk(tiles or gated_tiles(n, k, dtype, arch), smaller)
     step = assemble(
         f"linear_{activation}_mul_n{n}k{k}{'_bias' if bias else ''}_{dtype}",
         "linear:gated",

@@ -28,7 +28,7 @@ from dcompile.codegen.kernels.assemble import (
     power_of_two,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, down_tiles, gate_up_tiles
+from dcompile.codegen.kernels.configurations import Tiles, down_tiles, gate_up_tiles, shrunk
 from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
 from dcompile.codegen.kernels.linear import gate_and_up
 from dcompile.codegen.kernels.variant import ConstantValue, Expression, Lowering, Scratch, Step
@@ -241,14 +241,16 @@ def launches(
     limited: bool = False,
     up_tiles: Tiles | None = None,
     out_tiles: Tiles | None = None,
+    smaller: int = 0,
 ) -> Lowering:
     """Operands y, x [rows, hidden], weights f32, experts i32 [rows, top_k], gate_up, down and their biases.
 
     gate_up [num_experts + shared, 2 width, hidden] (gate first), down [num_experts + shared, hidden, width].
     With `limited` a slot may have the expert -1, and adds nothing; some slot must have one.
     """
-    up = up_tiles or gate_up_tiles(width, hidden, num_experts + shared, dtype, arch)
-    out = out_tiles or down_tiles(hidden, width, num_experts + shared, dtype, arch)
+    stacked = num_experts + shared
+    up = shrunk(up_tiles or gate_up_tiles(width, hidden, stacked, dtype, arch), smaller)
+    out = shrunk(out_tiles or down_tiles(hidden, width, stacked, dtype, arch), smaller)
     choices = top_k + shared
     slots: Expression = {"mul": [rows, choices]}
     name = f"e{num_experts}k{top_k}{f's{shared}' if shared else ''}"

@@ -25,7 +25,7 @@ from dcompile.codegen.kernels.assemble import (
     temporary,
 )
 from dcompile.codegen.kernels.choice import choose
-from dcompile.codegen.kernels.configurations import Tiles
+from dcompile.codegen.kernels.configurations import Tiles, shrunk
 from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
 from dcompile.codegen.kernels.variant import ConstantValue, Expression, Lowering, Scratch
 
@@ -226,6 +226,7 @@ def product_launches(
     product_bias: bool = False,
     w_dtype: str | None = None,
     tiles: Tiles | None = None,
+    smaller: int = 0,
 ) -> Lowering:
     """A linear in `dtype` whose only reader is route, as one launch.
 
@@ -235,6 +236,7 @@ def product_launches(
     """
     by = w_dtype or dtype
     tiles = tiles or Tiles(16, 0, 64 if by != "f32" else 32, splits=max(1, hidden // 256))
+    tiles = shrunk(tiles, smaller, columns=False)
     suffix = "" if by == dtype else f"_by_{by}"
     constants = constants_of(num_experts, top_k, score, groups, kept_groups, renormalize, scale)
     row_tiles: Expression = {"cdiv": [rows, tiles.rows]}

@@ -25,7 +25,7 @@ from dcompile.codegen.kernels.assemble import (
     operand,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, mixture_tiles, vocab_tiles
+from dcompile.codegen.kernels.configurations import Tiles, mixture_tiles, shrunk, vocab_tiles
 from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
 from dcompile.codegen.kernels.variant import Expression, Lowering, Scratch
 
@@ -185,13 +185,15 @@ def launches(
     bias: bool = False,
     tiles: Tiles | None = None,
     mixture: Tiles | None = None,
+    smaller: int = 0,
 ) -> Lowering:
     """Operands y [rows, width], x [rows, hidden], w [vocab, hidden], bias [vocab], table [at least
     vocab, width], live bool, weight f32 [rows].
     """
     # Beside the rows' places in the stored logits a wider tile does not fit the registers of sm_90.
     tiles = tiles or replace(vocab_tiles(vocab, hidden, dtype, arch), columns=32)
-    mixture = mixture or mixture_tiles(width, vocab, dtype, arch)
+    tiles = shrunk(tiles, smaller)
+    mixture = shrunk(mixture or mixture_tiles(width, vocab, dtype, arch), smaller)
     run = cdiv(cdiv(vocab, tiles.columns), tiles.splits)
     runs = cdiv(cdiv(vocab, tiles.columns), run)
     row_tiles: Expression = {"cdiv": [rows, mixture.rows]}

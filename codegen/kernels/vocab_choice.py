@@ -26,7 +26,7 @@ from dcompile.codegen.kernels.assemble import (
     power_of_two,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, vocab_tiles
+from dcompile.codegen.kernels.configurations import Tiles, shrunk, vocab_tiles
 from dcompile.codegen.kernels.dot import rows_by_rows
 from dcompile.codegen.kernels.noise import gumbel, noise_key
 from dcompile.codegen.kernels.variant import Expression, Lowering, Scratch
@@ -273,13 +273,14 @@ def launches(
     bias: bool = False,
     tiles: Tiles | None = None,
     asked: int = 0,
+    smaller: int = 0,
 ) -> Lowering:
     """Operands token i64, confidence, margin, entropy f32 [B, n], x [B, n, hidden], w [vocab, hidden], bias,
     live bool [B, n], temperature f32, seed, tick i64 [B], pos i64 [B, n]; B = sequences, n = length.
 
     With `asked` tokens a position also choice_score f32 [B, n], asked i64, probability, score f32 [B, n, S].
     """
-    tiles = tiles or vocab_tiles(vocab, hidden, dtype, arch)
+    tiles = shrunk(tiles or vocab_tiles(vocab, hidden, dtype, arch), smaller)
     rows: Expression = {"mul": [sequences, length]}
     run = cdiv(cdiv(vocab, tiles.columns), tiles.splits)
     runs = cdiv(cdiv(vocab, tiles.columns), run)
