@@ -2,79 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
+from dcompile.codegen.cpu.indexing import abi_size, c_size, indices_of, linear, reshaped
+from dcompile.codegen.cpu.pointwise import (
+    BINARY,
+    CTYPE,
+    UNARY,
+    arithmetic,
+    formula,
+    literal,
+    op_name,
+)
 from dcompile.codegen.launches import Argument, Int, Launch, Value
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
 from dcompile.ir.show import SHORT, show_node
-from dcompile.ir.sizes import Size, shape_of, size_of
+from dcompile.ir.sizes import shape_of, size_of
 
 aten = torch.ops.aten
 RESHAPE = aten.reshape.default
 
-CTYPE = {
-    torch.float32: "float",
-    torch.bfloat16: "bf16",
-    torch.float16: "f16",
-    torch.float64: "double",
-    torch.int64: "int64_t",
-    torch.int32: "int32_t",
-    torch.int16: "int16_t",
-    torch.int8: "int8_t",
-    torch.uint8: "uint8_t",
-    torch.bool: "bool",
-}
-HALVES = (torch.bfloat16, torch.float16)
-
-UNARY = {
-    "neg": "-({0})",
-    "exp": "std::exp({0})",
-    "log": "std::log({0})",
-    "sqrt": "std::sqrt({0})",
-    "rsqrt": "(1.0f / std::sqrt({0}))",
-    "reciprocal": "(1.0f / ({0}))",
-    "sigmoid": "sigmoid({0})",
-    "silu": "(({0}) * sigmoid({0}))",
-    "tanh": "std::tanh({0})",
-    "sin": "std::sin({0})",
-    "cos": "std::cos({0})",
-    "erf": "std::erf({0})",
-    "relu": "most({0}, ({0}) * 0)",
-    "abs": "std::abs({0})",
-    "floor": "std::floor({0})",
-    "square": "(({0}) * ({0}))",
-    "logical_not": "!({0})",
-    "isnan": "(({0}) != ({0}))",
-    "isinf": "std::isinf({0})",
-}
-BINARY = {
-    "mul": "(({0}) * ({1}))",
-    "maximum": "most({0}, {1})",
-    "minimum": "least({0}, {1})",
-    "eq": "(({0}) == ({1}))",
-    "ne": "(({0}) != ({1}))",
-    "lt": "(({0}) < ({1}))",
-    "le": "(({0}) <= ({1}))",
-    "gt": "(({0}) > ({1}))",
-    "ge": "(({0}) >= ({1}))",
-    "logical_and": "(({0}) && ({1}))",
-    "logical_or": "(({0}) || ({1}))",
-    "bitwise_and": "(({0}) & ({1}))",
-    "bitwise_or": "(({0}) | ({1}))",
-    "bitwise_xor": "(({0}) ^ ({1}))",
-    "__and__": "(({0}) & ({1}))",
-    "__or__": "(({0}) | ({1}))",
-    "floor_divide": "floor_div({0}, {1})",
-    "remainder": "floor_mod({0}, {1})",
-    "pow": "std::pow({0}, {1})",
-}
-COMPARE = {"eq", "ne", "lt", "le", "gt", "ge"}
 # name: (start, step); {v} the element, {acc} the running value
 REDUCE = {
     aten.sum.dim_IntList: ("0", "{acc} += {v};"),
@@ -85,13 +37,6 @@ REDUCE = {
     aten.all.dim: ("true", "{acc} &= (bool)({v});"),
 }
 REMAPS = {aten.slice.Tensor, aten.permute.default, aten.expand.default}
-
-
-def op_name(node: Node) -> str:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return ""
-    return target._schema.name.partition("::")[2]
 
 
 def can_emit(node: Node) -> bool:
@@ -197,7 +142,7 @@ class _Emitter:
             elif node.target in REDUCE:
                 self._reduce(node)
             else:
-                self._loop(node, node, self.element(node, _indices(self.shape(node))))
+                self._loop(node, node, self.element(node, indices_of(self.shape(node))))
         writes = [
             n for n in self.nodes if n in self.stored and n in self.buffers and n not in updates
         ]
@@ -224,7 +169,7 @@ class _Emitter:
         words = []
         for node, i in self.buffers.items():
             mode = ">" if node in writes else "*" if node in updates else ""
-            extent = ",".join(_abi_size(s) for s in shape_of(value(node), self.program.symbols))
+            extent = ",".join(abi_size(s) for s in shape_of(value(node), self.program.symbols))
             bound = f"<{below[node]}" if node in below and not mode else ""
             source = _copied(node)
             values = f"=b{self.buffers[source]}" if mode == ">" and source in self.buffers else ""
@@ -243,18 +188,18 @@ class _Emitter:
             else:
                 continue
             for index, dim in pairs:
-                found[base(index)] = _abi_size(size_of(dim, self.program.symbols))
+                found[base(index)] = abi_size(size_of(dim, self.program.symbols))
         return found
 
     def shape(self, node: Node) -> list[str]:
-        return [_c_size(s) for s in shape_of(value(node), self.program.symbols)]
+        return [c_size(s) for s in shape_of(value(node), self.program.symbols)]
 
     def pointer(self, node: Node) -> str:
         return f"b{self.buffers.setdefault(node, len(self.buffers))}"
 
     def _loop(self, node: Node, at: Node, text: str) -> None:
         shape = self.shape(node)
-        store = f"st({self.pointer(at)} + {_linear(_indices(shape), shape)}, {text});"
+        store = f"st({self.pointer(at)} + {linear(indices_of(shape), shape)}, {text});"
         self._nest(shape, [store])
 
     def _nest(self, shape: list[str], body: list[str], extra: str = "") -> None:
@@ -278,14 +223,14 @@ class _Emitter:
         keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
         shape = self.shape(x)
         out_shape = self.shape(node)
-        outer = iter(_indices(out_shape)) if not keep else None
+        outer = iter(indices_of(out_shape)) if not keep else None
         index = []
         for d in range(rank):
             if d in dims:
                 index.append(f"r{d}")
             else:
                 index.append(f"i{d}" if keep else next(outer))  # type: ignore[arg-type]
-        kind = _arithmetic(value(node).dtype)
+        kind = arithmetic(value(node).dtype)
         start, step = REDUCE[node.target]
         limits = "std::numeric_limits<T>"
         lowest = f"-{limits}::infinity()" if kind == "float" else f"{limits}::lowest()"
@@ -298,7 +243,7 @@ class _Emitter:
         result = "acc"
         if node.target is aten.mean.dim:
             result = f"acc / (float)({' * '.join(shape[d] for d in dims)})"
-        place = _linear(_indices(out_shape), out_shape)
+        place = linear(indices_of(out_shape), out_shape)
         body.append(f"st({self.pointer(node)} + {place}, {result});")
         self._nest(out_shape, body, " * ".join(shape[d] for d in dims))
 
@@ -310,10 +255,10 @@ class _Emitter:
             state, indices, rows = node.args[:3]  # type: ignore[assignment]
         assert isinstance(state, Node) and isinstance(rows, Node)
         shape, own = self.shape(rows), self.shape(state)
-        index = _indices(shape)
+        index = indices_of(shape)
         lead = max(value(i).dim() for i in indices)  # type: ignore[arg-type]
         place = [self._broadcast(i, index[:lead], shape[:lead]) for i in indices] + index[lead:]  # type: ignore
-        target = _linear(place, own)
+        target = linear(place, own)
         self._nest(shape, [f"st({self.pointer(state)} + {target}, {self.load(rows, index)});"])
         self.buffers.setdefault(state, len(self.buffers))
         return state
@@ -329,17 +274,16 @@ class _Emitter:
         shape = self.shape(node)
         root = base(node)
         if root not in self.inside or root in self.stored:
-            return f"ld({self.pointer(root)} + {_linear(index, shape)})"
+            return f"ld({self.pointer(root)} + {linear(index, shape)})"
         return self.element(node, index)
 
     def element(self, node: Node, index: list[str]) -> str:
         """A C expression that computes the element at `index`."""
-        target, name = node.target, op_name(node)
-        args = node.args
+        target, args = node.target, node.args
         if target is RESHAPE:
             source = args[0]
             assert isinstance(source, Node)
-            return self.load(source, _reshaped(index, self.shape(node), self.shape(source)))
+            return self.load(source, reshaped(index, self.shape(node), self.shape(source)))
         if target is aten.permute.default:
             order = args[1]
             back = [""] * len(index)
@@ -362,7 +306,15 @@ class _Emitter:
             x, dim, rows = args
             chosen = self.load(rows, [index[dim]])  # type: ignore
             return self.load(x, [chosen if d == dim else i for d, i in enumerate(index)])  # type: ignore
-        return self._pointwise(node, name, index)
+        shape = self.shape(node)
+
+        def arg(x: object, kind: str | None = None) -> str:
+            if not isinstance(x, Node):
+                return literal(x, kind)
+            text = self._broadcast(x, index, shape)
+            return text if kind is None else f"({kind})({text})"
+
+        return formula(node, arg)
 
     def _cat(self, node: Node, index: list[str]) -> str:
         parts = node.args[0]
@@ -379,65 +331,6 @@ class _Emitter:
             text = f"({index[dim]} < {end} ? {part} : {text})"
         return text
 
-    def _pointwise(self, node: Node, name: str, index: list[str]) -> str:
-        target, out = node.target, value(node).dtype
-        shape = self.shape(node)
-
-        def arg(x: object, kind: str | None = None) -> str:
-            if isinstance(x, Node):
-                text = self._broadcast(x, index, shape)
-                return text if kind is None else f"({kind})({text})"
-            return _literal(x, kind)
-
-        args = node.args
-        kind = _arithmetic(out)
-        if target is aten._to_copy.default:
-            source = value(args[0]).dtype  # type: ignore[arg-type]
-            text = arg(args[0])
-            if out in HALVES:
-                return f"rounded<{CTYPE[out]}>((float)({text}))"
-            if source.is_floating_point and not out.is_floating_point and out != torch.bool:
-                return f"({CTYPE[out]})({text})"
-            return f"({kind})({text})"
-        if target is aten.expand.default:
-            return arg(args[0])
-        if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
-            return f"({arg(args[0])} ? {arg(args[1], kind)} : {arg(args[2], kind)})"
-        if target is aten.masked_fill.Scalar:
-            return f"({arg(args[1])} ? {arg(args[2], kind)} : {arg(args[0], kind)})"
-        if target in (aten.zeros_like.default, aten.ones_like.default):
-            return f"({kind}){int(target is aten.ones_like.default)}"
-        if target is aten.full_like.default:
-            return _literal(args[1], kind)
-        if name in ("clamp", "clamp_min", "clamp_max"):
-            low, high = (*args[1:3], None, None)[:2]
-            if name == "clamp_max":
-                low, high = None, args[1]
-            text = arg(args[0], kind)
-            if low is not None:
-                text = f"most<{kind}>({text}, {arg(low, kind)})"
-            return text if high is None else f"least<{kind}>({text}, {arg(high, kind)})"
-        if target is aten.bitwise_not.default:
-            return f"{'!' if out == torch.bool else '~'}({arg(args[0])})"
-        if name in ("add", "sub", "rsub"):
-            a, b = args[:2] if name != "rsub" else args[1::-1]
-            alpha = node.kwargs.get("alpha", 1)
-            sign = "-" if name != "add" else "+"
-            scaled = arg(b, kind) if alpha == 1 else f"{_literal(alpha, kind)} * {arg(b, kind)}"
-            return f"({arg(a, kind)} {sign} {scaled})"
-        if name == "div":
-            return f"({arg(args[0], 'float')} / {arg(args[1], 'float')})"
-        if name == "gelu":
-            tanh = node.kwargs.get("approximate", "none") == "tanh"
-            return f"{'gelu_tanh' if tanh else 'gelu'}({arg(args[0], kind)})"
-        if name in UNARY:
-            inner = None if name in ("logical_not", "isnan", "isinf") else kind
-            return UNARY[name].format(arg(args[0], inner))
-        if name in COMPARE:
-            common = _arithmetic(_common(args))
-            return BINARY[name].format(arg(args[0], common), arg(args[1], common))
-        return BINARY[name].format(arg(args[0], kind), arg(args[1], kind))
-
 
 def _copied(node: Node) -> Node | None:
     """The value whose elements are a gather's, as they are."""
@@ -446,80 +339,9 @@ def _copied(node: Node) -> Node | None:
     return None
 
 
-def _abi_size(size: Size) -> str:
-    if isinstance(size, int):
-        return str(size)
-    terms = [f"{factor}*{name}" if name else str(factor) for name, factor in size.items()]
-    return "+".join(term.removeprefix("1*") for term in terms).replace("+-", "-")
-
-
 def _readers(node: Node) -> list[Node]:
     """Who reads the value, seen through reshapes."""
     out: list[Node] = []
     for user in node.users:
         out.extend(_readers(user) if user.target is RESHAPE else [user])
-    return out
-
-
-def _common(args: tuple[object, ...]) -> torch.dtype:
-    dtypes = [value(a).dtype for a in args if isinstance(a, Node)]
-    numbers = [a for a in args if isinstance(a, float)]
-    out = dtypes[0]
-    for d in dtypes[1:]:
-        out = torch.promote_types(out, d)
-    return torch.float32 if numbers and not out.is_floating_point else out
-
-
-def _arithmetic(dtype: torch.dtype) -> str:
-    if dtype == torch.bool:
-        return "bool"
-    if dtype == torch.float64:
-        return "double"
-    return "float" if dtype.is_floating_point else "int64_t"
-
-
-def _literal(x: object, kind: str | None) -> str:
-    if isinstance(x, bool):
-        return "true" if x else "false"
-    assert isinstance(x, (int, float)), f"not a number: {x!r}"
-    if isinstance(x, float) and math.isinf(x):
-        return f"({'-' if x < 0 else ''}std::numeric_limits<float>::infinity())"
-    if isinstance(x, float) and math.isnan(x):
-        return "std::numeric_limits<float>::quiet_NaN()"
-    text = f"{x!r}f" if isinstance(x, float) else f"INT64_C({x})"
-    return f"({kind})({text})" if kind else text
-
-
-def _c_size(size: Size) -> str:
-    if isinstance(size, int):
-        return str(size)
-    terms = [f"{factor} * {name}" if name else str(factor) for name, factor in size.items()]
-    text = " + ".join(t.removeprefix("1 * ") for t in terms)
-    return text if len(terms) == 1 and "*" not in text else f"({text})"
-
-
-def _indices(shape: list[str]) -> list[str]:
-    return [f"i{d}" for d in range(len(shape))]
-
-
-def _linear(index: list[str], shape: list[str]) -> str:
-    text = ""
-    for i, size in zip(index, shape, strict=True):
-        text = i if not text else f"({text} * {size} + {i})"
-    return text or "0"
-
-
-def _reshaped(index: list[str], new: list[str], old: list[str]) -> list[str]:
-    """The index in the old shape of an element of the new one."""
-    kept_new = [(i, s) for i, s in zip(index, new, strict=True) if s != "1"]
-    kept_old = [s for s in old if s != "1"]
-    if [s for _, s in kept_new] == kept_old:
-        left = iter(i for i, _ in kept_new)
-        return ["0" if s == "1" else next(left) for s in old]
-    rest = _linear(index, new)
-    out = []
-    for d, _ in enumerate(old):
-        inner = " * ".join(old[d + 1 :]) or "1"
-        text = f"(({rest}) / ({inner}))" if inner != "1" else f"({rest})"
-        out.append(text if d == 0 else f"({text} % {old[d]})")
     return out
