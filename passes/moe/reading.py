@@ -66,6 +66,10 @@ class Reader:
                 raise NotProven(f"{node.name} has a size that is no multiple of the rows")
         return out
 
+    def along(self, size: int) -> Var | Const:
+        """An index of an axis of that size: a new variable, or the only one there is."""
+        return self.fresh(size) if size > 1 else ZERO
+
     def axis(self, node: Node, dim: int) -> Var:
         """A new variable that runs over an axis."""
         moving, factor = self.sizes(node)[dim]

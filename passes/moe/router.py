@@ -97,6 +97,8 @@ def read_router(reader: Reader, choice: Chosen, number: float, factors: Iterable
         ranking = as_it_stands(reader, choice)
         score, renormalize, scale = _weights(reader, choice, ranking, number, given)
     groups = ranking.groups, ranking.kept_groups
+    if top_k * ranking.groups > choice.size * ranking.kept_groups:
+        raise NotProven(f"{top_k} experts are chosen, more than the kept groups have")
     return Router(ranking.logits, ranking.bias, top_k, score, *groups, renormalize, scale)
 
 
@@ -114,7 +116,7 @@ def read_ranking(program: Program, choice: Chosen) -> Ranking:
     reader = Reader(program, (), PRODUCTS, HANDLERS, count=10_000)
     ranked = choice.node.args[0]
     assert isinstance(ranked, Node)
-    expert = reader.fresh(choice.size)
+    expert = reader.along(choice.size)
     whole = reader.element(ranked, (*choice.place[:-1], expert))
     inner, groups, kept = whole, 1, 1
     if isinstance(whole, Fn) and whole.name == "only":
@@ -152,28 +154,30 @@ def _last_axis(node: Node) -> bool:
 
 
 def _groups(
-    reader: Reader, condition: Expr, inner: Expr, expert: Var, choice: Chosen
+    reader: Reader, condition: Expr, inner: Expr, expert: Term, choice: Chosen
 ) -> tuple[int, int]:
     """(groups, kept groups) of: only where the expert's group is among the best by its two best."""
     try:
         (product,) = expand(condition)
-        (slot,) = product.over
         (same,) = product.factors
-        _require(product.number == 1.0 and isinstance(same, Same))
+        slot: Term = product.over[0] if product.over else ZERO
+        kept = slot.size if isinstance(slot, Var) else 1
+        _require(product.number == 1.0 and len(product.over) <= 1 and isinstance(same, Same))
         terms = (same.a, same.b)  # type: ignore[attr-defined]
         (best,) = [t for t in terms if isinstance(t, Chosen)]
         (group,) = [t for t in terms if t is not best]
         size = choice.size // best.size
         _require(best.place[-1] == slot and size * best.size == choice.size)
-        _require(group == quotient(expert, size) and best.node.args[1] == slot.size)
-        at = reader.fresh(best.size)
+        _require(isinstance(expert, Var))
+        _require(group == quotient(expert, size) and best.node.args[1] == kept)
+        at = reader.along(best.size)
         sums = reader.element(best.node.args[0], (*best.place[:-1], at))  # type: ignore[arg-type]
         _check_sums(expand(sums), expand(inner), expert, at, size)
     except ValueError:
         raise NotProven(
             "experts are left out before the choice, and not by groups of the best two"
         ) from None
-    return best.size, slot.size
+    return best.size, kept
 
 
 def _require(condition: bool) -> None:
@@ -182,7 +186,7 @@ def _require(condition: bool) -> None:
 
 
 def _check_sums(
-    totals: list[Product], inner: list[Product], expert: Var, at: Var, size: int
+    totals: list[Product], inner: list[Product], expert: Term, at: Term, size: int
 ) -> None:
     """A group's score: sum over i < 2 of what ranks the i-th best expert of the group."""
     _require(len(totals) == len(inner))
