@@ -6,13 +6,20 @@ Plans the step as `dcompile CHECKPOINT --target ...` does, over a checkpoint of 
 shapes and no values (a file of holes; two or three layers have all the kernels of many), and compiles
 the whole set into an empty folder on every core, so that nothing kept is used.  Then registers,
 spills and shared memory of each kernel; exits with 1 where the gate refuses one.
+
+    python bench/kernel_resources.py --every FILE --date 2026-11-25 --machine "2 cores, no GPU"
+
+Holds every model here to the gate on every architecture, one plan each, and writes FILE after each; what
+FILE has already is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import resource
 import sys
 import tempfile
@@ -30,6 +37,7 @@ from checkpoints import SHAPES, make_config, write_tokenizer
 from dcompile.codegen.cuda.lower import CudaLowered, lower
 from dcompile.codegen.kernels import gate
 from dcompile.codegen.kernels.aot import Compiled, compile_variants, compiler_version
+from dcompile.codegen.kernels.configurations import ARCHITECTURES
 from dcompile.codegen.targets import parse_target
 from dcompile.driver import open_origin, settle, trace_origin
 from dcompile.options import Options
@@ -94,7 +102,7 @@ def planned(family: str, target: str, length: int) -> CudaLowered:
         options = settle(given, origin.spec)
         program = trace_origin(origin, options, torch.bfloat16, lambda _: None)
         run(program, options)
-        return lower(program, parse_target(target).architectures)
+        return lower(program, parse_target(target).architectures, gated=True)
 
 
 def facts(compiled: Compiled) -> dict[str, object]:
@@ -110,6 +118,35 @@ def facts(compiled: Compiled) -> dict[str, object]:
     }
 
 
+def every(path: Path, date: str, machine: str, length: int) -> bool:
+    """Every model on every architecture, kept in a file; whether the gate took all of them."""
+    made = {"date": date, "machine": machine, "triton": compiler_version(), "length": length}
+    known = json.loads(path.read_text()) if path.exists() else {**made, "models": {}}
+    for family in MODELS:
+        for arch in ARCHITECTURES:
+            done = known["models"].setdefault(family, {})
+            if f"sm_{arch}" in done:
+                continue
+            lowered = planned(family, f"cuda:sm_{arch}", length)
+            sources = {"emitted": lowered.emitted} if lowered.emitted else {}
+            rows = [facts(one) for one in compile_variants(lowered.variants, arch, sources)]
+            done[f"sm_{arch}"] = {
+                **{"kernels": len(rows), "spilled": sum(int(str(r["spilled"])) for r in rows)},
+                **{"most registers": max(int(str(r["registers"])) for r in rows)},
+                **{"most shared": max(int(str(r["shared"])) for r in rows)},
+                "limit of shared": ARCHITECTURES[arch].shared,
+                **{"refused": [r for r in rows if r["refused"]]},
+                "smaller tiles for": lowered.refused,
+            }
+            path.write_text(json.dumps(known, indent=1) + "\n")
+            found = done[f"sm_{arch}"]
+            Console().print(
+                f"{family} sm_{arch}: {len(rows)} kernels, {len(found['refused'])} refused, "
+                f"smaller tiles for {sorted(lowered.refused)}"
+            )
+    return not any(one["refused"] for model in known["models"].values() for one in model.values())
+
+
 def child_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
@@ -121,7 +158,12 @@ def main() -> None:
     parser.add_argument("--target", default="cuda:sm_90")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--every", type=Path, metavar="FILE")
+    parser.add_argument("--date", default=f"{datetime.date.today()}")
+    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores")
     options = parser.parse_args()
+    if options.every is not None:
+        sys.exit(not every(options.every, options.date, options.machine, options.length))
     lowered = planned(options.model, options.target, options.length)
     sources = {"emitted": lowered.emitted} if lowered.emitted else {}
     compiled: list[Compiled] = []

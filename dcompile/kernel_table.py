@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dcompile.profile.occupancy import occupancy
 from dcompile.profile.sources import source_of
 from dcompile.runtime.artifact import Artifact
 
@@ -39,7 +40,9 @@ def _cuda_table(artifact: Artifact, grouped: Mapping[str, list[Launch]]) -> str:
     lines = []
     width = max(map(len, kernels)) + 1
     for arch in artifact.manifest["kernels"]["architectures"]:
-        columns = f"{'launches':>9}{'warps':>6}{'registers':>10}{'spills':>7}{'shared':>8}"
+        columns = (
+            f"{'launches':>9}{'warps':>6}{'registers':>10}{'spills':>7}{'shared':>8}{'occ.':>6}"
+        )
         lines.append(f"{f'sm_{arch}':{width}}{columns}{'tensor':>7}{'wide':>5}  roles")
         for name, entry in kernels.items():
             launches = grouped.get(name, [])
@@ -55,8 +58,9 @@ def _resources(entry: Mapping[str, Any], arch: int) -> str:
     counts = found["instructions"]
     tensor = counts["mma"] + counts["wgmma"] + counts["tcgen05"]
     shared = found["static_shared"] + found["dynamic_shared"]
-    resources = f"{found['warps']:6}{found['registers']:10}{found['stack']:7}{shared:8}"
-    return f"{resources}{tensor:7}{counts['wide_loads']:5}"
+    share = occupancy(arch, found["warps"], found["registers"], shared)
+    needs = f"{found['warps']:6}{found['registers']:10}{found['stack']:7}{shared:8}{share:6.0%}"
+    return f"{needs}{tensor:7}{counts['wide_loads']:5}"
 
 
 def _per_layer(grouped: Mapping[str, list[Launch]]) -> Iterator[str]:

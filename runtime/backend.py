@@ -26,6 +26,8 @@ class Backend(ABC):
     plan: Plan
     threads: int
     check_every: int
+    arch: int | None = None
+    """Of a GPU: 90 for sm_90."""
 
     @property
     @abstractmethod

@@ -251,8 +251,9 @@ def launches(
     """
     shared = heads // groups
     tiles = tiles or attend_tiles(window, heads, groups, size, dtype, arch)
-    # A tile has whole heads, and a run of keys is the cache's: neither is made smaller.
-    tiles = shrunk(tiles, smaller, rows=False, depth=False)
+    # A tile has all heads of a group of at least one row; a run of keys stays.
+    least = max(16, power_of_two(heads // groups))
+    tiles = shrunk(tiles, smaller, least_rows=least, depth=False)
     block = max(tiles.rows, power_of_two(shared, 16))
     chunks = cdiv(positions, tiles.depth)
     split = chunks > 1

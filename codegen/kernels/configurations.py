@@ -34,15 +34,17 @@ class Architecture:
 
     processors: int  # streaming multiprocessors of the largest chip of its kind
     shared: int  # bytes of shared memory that one block may use
+    warps: int  # that one multiprocessor holds at once
+    blocks: int  # that one multiprocessor holds at once
 
 
 ARCHITECTURES: Mapping[int, Architecture] = {
-    80: Architecture(108, 166912),
-    86: Architecture(84, 101376),
-    89: Architecture(128, 101376),
-    90: Architecture(132, 232448),
-    100: Architecture(148, 232448),
-    120: Architecture(170, 101376),
+    80: Architecture(108, 166912, 64, 32),
+    86: Architecture(84, 101376, 48, 16),
+    89: Architecture(128, 101376, 48, 24),
+    90: Architecture(132, 232448, 64, 32),
+    100: Architecture(148, 232448, 64, 32),
+    120: Architecture(170, 101376, 48, 24),
 }
 
 # float32 products run without tensor cores and serve as a reference: small tiles keep them in registers.
@@ -129,11 +131,11 @@ def attend_tiles(
 
 
 def shrunk(
-    tiles: Tiles, times: int, *, rows: bool = True, columns: bool = True, depth: bool = True
+    tiles: Tiles, times: int, *, least_rows: int = 16, columns: bool = True, depth: bool = True
 ) -> Tiles:
     """The tiles that are tried after `times` refusals of the gate: halved in what the kernel lets be halved.
 
-    Fewer columns first, which hold most registers; then shallower stages of the pipeline; then fewer rows.
+    Fewer columns first, which hold most registers; then shallower stages of the pipeline; then rows.
     Where nothing is left to halve the tiles stay as they are.
     """
     for _ in range(times):
@@ -141,8 +143,8 @@ def shrunk(
             (columns and tiles.columns > 32, replace(tiles, columns=tiles.columns // 2)),
             (depth and tiles.depth > 64, replace(tiles, depth=tiles.depth // 2)),
             (tiles.stages > 2, replace(tiles, stages=tiles.stages - 1)),
+            (tiles.rows >= 2 * least_rows, replace(tiles, rows=tiles.rows // 2)),
             (columns and tiles.columns > 16, replace(tiles, columns=tiles.columns // 2)),
-            (rows and tiles.rows > 16, replace(tiles, rows=tiles.rows // 2)),
             (depth and tiles.depth > 32, replace(tiles, depth=tiles.depth // 2)),
         ]
         tiles = next((found for allowed, found in smaller if allowed), tiles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from dcompile.errors import ContractError
 from dcompile.floor import Machine, measure
 from dcompile.profile.cost import Facts, chosen_experts, live_candidates
+from dcompile.profile.cuda_cost import described
 from dcompile.profile.watch import Observer, Seen, Timed, Timer, resident_bytes
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.backend import open_backend
@@ -58,6 +60,11 @@ class Capture:
     resident: int
     """Bytes of the process in memory before the artifact was opened."""
 
+    @cached_property
+    def plan(self) -> Mapping[str, Any]:
+        """The plan, in which launches of CUDA kernels say what they are."""
+        return described(self.runner.artifact)
+
     @property
     def overhead(self) -> float:
         """What timing costs, as a share of the plain time."""
@@ -65,7 +72,7 @@ class Capture:
 
     def facts(self, at: int) -> Facts:
         """What iteration `at` ran over, for the costs."""
-        seen, plan = self.seen[at], self.runner.artifact.plan.text
+        seen, plan = self.seen[at], self.plan
         experts, live = {}, {}
         for launch, values in seen.probes.items():
             if chosen_experts(plan, plan["launches"][launch]) is not None:
@@ -87,7 +94,7 @@ def capture(
         plain.append(_serve(runner, request)[1])
         timed.append(_timed(runner, request))
     progress("looking inside")
-    runner.watch = observer = Observer(runner.executor, probes(runner.artifact.plan.text))
+    runner.watch = observer = Observer(runner.executor, probes(described(runner.artifact)))
     try:
         results, _ = _serve(runner, request)
     finally:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dcompile.floor import Cost, Machine
 from dcompile.ir.sizes import evaluate
+from dcompile.profile import cuda_cost
 from dcompile.runtime.weights import DTYPES
 
 Plan = Mapping[str, Any]
@@ -128,7 +129,11 @@ def costs(plan: Plan, facts: Facts) -> list[Work]:
     out = []
     for at, routed in enumerate(routers(plan)):
         call = Call(plan, at, facts, routed)
-        out.append(_FORMULAS.get(call.family, _other)(call))
+        of_cuda = cuda_cost.FORMULAS.get(call.launch.get("function", ""))
+        if of_cuda is not None:
+            out.append(of_cuda(cuda_cost.Named(call), Work))
+        else:
+            out.append(_FORMULAS.get(call.family, _other)(call))
     return out
 
 
@@ -136,24 +141,38 @@ def routers(plan: Plan) -> list[int | None]:
     """For each launch, the one that chose the experts that it reads."""
     chose: dict[int, int] = {}
     out: list[int | None] = []
+    sorted_by: int | None = None
     for at, launch in enumerate(plan["launches"]):
+        if launch.get("function") in ("moe_ffn:gate_up", "moe_ffn:down"):
+            # They read the order that the launch before made of the experts.
+            out.append(sorted_by)
+            continue
         read = [arg["b"] for arg in flat_arguments(launch) if isinstance(arg, dict) and "b" in arg]
         found = [chose[b] for b in read if b in chose and b not in launch["writes"]]
         out.append(found[0] if found else None)
+        sorted_by = out[-1] if launch.get("function") == cuda_cost.SORT else sorted_by
         if (buffer := chosen_experts(plan, launch)) is not None:
             chose[buffer] = at
     return out
 
 
+def is_router(launch: Mapping[str, Any]) -> bool:
+    if "function" in launch:
+        return launch["function"] in (*cuda_cost.ROUTERS, *cuda_cost.LIMITED)
+    return family(launch["kernel"]).startswith("route")
+
+
 def chosen_experts(plan: Plan, launch: Mapping[str, Any]) -> int | None:
     """The buffer i32 [rows, k] that a router writes."""
-    if not family(launch["kernel"]).startswith("route"):
+    if not is_router(launch):
         return None
     return next((w for w in launch["writes"] if plan["buffers"][w]["dtype"] == "i32"), None)
 
 
 def live_candidates(plan: Plan, launch: Mapping[str, Any]) -> int | None:
     """The buffer that says which candidates the choice of tokens is asked for."""
+    if "function" in launch:
+        return launch["named"]["live"]["b"] if launch["function"] == cuda_cost.CHOICE else None
     if not family(launch["kernel"]).startswith("vocab_choice"):
         return None
     read = [arg["b"] for arg in flat_arguments(launch) if arg.get("b") is not None]

@@ -23,7 +23,7 @@ _KERNEL_HEADS = (
     *("kernel", "#", "calls", "ms", "% of total", "us an iteration", "quartiles"),
     *("MB", "MFLOP", "GB/s", "GFLOP/s", "% of floor"),
 )
-_RESOURCES = ("registers", "spills", "occupancy")
+_RESOURCES = ("registers", "spills", "shared", "occupancy")
 MOST_LINES = 400
 
 

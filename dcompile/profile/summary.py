@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from dcompile.floor import Machine
 from dcompile.profile.collect import Capture
-from dcompile.profile.cost import costs
+from dcompile.profile.cost import costs, is_router
 from dcompile.profile.denoise import Course, courses, decided, masks_left
 from dcompile.profile.memory import Memory, memory
+from dcompile.profile.occupancy import kernel_resources
 from dcompile.profile.watch import Seen
 
 Phase = Literal["prefill", "refresh", "window"]
@@ -150,10 +151,10 @@ def summarize(capture: Capture) -> Profile:
         layers=table.grouped([_layer_name(place.layer) for place in places], ordered=True),
         roles=table.grouped([place.role for place in places]),
         iterations=table.iterations(),
-        experts=_num_experts(artifact.plan.text),
+        experts=_num_experts(capture.plan),
         memory=memory(artifact.plan, widest.R, widest.B, capture.resident, resident),
         courses=courses(capture.seen, request.prompts, request.gen_length),
-        resources=artifact.manifest["kernels"].get("resources", {}),
+        resources=kernel_resources(artifact, capture.runner.executor.arch),
     )
 
 
@@ -163,8 +164,7 @@ class _Table:
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
         self.seconds = np.stack([each.seconds for each in capture.chosen.iterations])
-        plan = capture.runner.artifact.plan.text
-        work = [costs(plan, capture.facts(at)) for at in range(len(capture.seen))]
+        work = [costs(capture.plan, capture.facts(at)) for at in range(len(capture.seen))]
         self.bytes = _array([[cost.bytes for cost in row] for row in work])
         self.flops = _array([[cost.flops for cost in row] for row in work])
         self.floor = _array([[cost.seconds(capture.machine) for cost in row] for row in work])
@@ -262,7 +262,10 @@ def _layer_name(layer: int | None) -> str:
 
 def _num_experts(plan: Mapping[str, Any]) -> int | None:
     for launch in plan["launches"]:
-        if launch["kernel"].startswith("route"):
-            logits = plan["buffers"][launch["args"][2]["b"]]
-            return int(logits["shape"][-1])
+        if not is_router(launch):
+            continue
+        if "constants" in launch:
+            return int(launch["constants"]["E"])
+        logits = plan["buffers"][launch["args"][2]["b"]]
+        return int(logits["shape"][-1])
     return None

@@ -12,7 +12,7 @@ from dcompile.profile.summary import PHASES, Profile, Row
 
 PLAIN_WIDTH = 132
 """Columns where nobody's terminal says otherwise."""
-_RESOURCES = {"registers": "regs", "spills": "spills", "occupancy": "occ."}
+_RESOURCES = {"registers": "regs", "spills": "spills", "shared": "shared", "occupancy": "occ."}
 
 
 def console() -> Console:

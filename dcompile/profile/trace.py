@@ -38,7 +38,6 @@ def _names(profile: Profile) -> Iterator[Event]:
 
 
 def _spans(capture: Capture, profile: Profile) -> Iterator[Event]:
-    plan = capture.runner.artifact.plan.text
     yield _span("load", "phase", 0, _ns(profile.load))
     zero = _ns(profile.load)
     whole = {"prompts": len(profile.prompts), "positions": profile.gen_length}
@@ -52,7 +51,7 @@ def _spans(capture: Capture, profile: Profile) -> Iterator[Event]:
         yield _span(iteration.phase, "iteration", start, end, seen | {"tokens": iteration.tokens})
         # Cut to whole nanoseconds each, so that no rounding carries the last over the end.
         now = start
-        work = costs(plan, capture.facts(at))
+        work = costs(capture.plan, capture.facts(at))
         for place, took, cost in zip(
             profile.places, capture.chosen.iterations[at].seconds, work, strict=True
         ):

@@ -55,6 +55,7 @@ class CudaExecutor(Backend):
     ) -> None:
         self.plan = artifact.plan
         self.device = device or Device(Driver())
+        self.arch = self.device.arch
         self.device.enter()
         self._code = Code(self.device)
         self.kernels = self._code.load(artifact)

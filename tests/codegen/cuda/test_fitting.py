@@ -56,5 +56,5 @@ def test_tiles_shrink_until_nothing_is_left() -> None:
     assert seen[0] == WIDE and seen[-1] == seen[-2] == Tiles(16, 16, 32, stages=2)
     sizes = [t.rows * t.columns * t.depth * t.stages for t in seen[:10]]
     assert sizes == sorted(sizes, reverse=True)
-    fixed = shrunk(WIDE, 12, rows=False, depth=False)
+    fixed = shrunk(WIDE, 12, least_rows=32, depth=False)
     assert (fixed.rows, fixed.depth) == (32, 256)
