@@ -14,14 +14,14 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import kernels
 import models
 import torch
-from native import Library, pack_args
+from native import Library
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +31,7 @@ from dcompile.floor import Machine, measure
 from dcompile.options import Options
 from dcompile.profile import profile_artifact
 from dcompile.profile.collect import Capture
-from dcompile.profile.cost import Call, Facts, Work, costs
+from dcompile.profile.cost import Call, Facts, Work, costs, routers
 from dcompile.profile.watch import Timer
 from dcompile.runtime.processor import cpu_flags
 
@@ -78,7 +78,7 @@ def shapes(capture: Capture, work: list[list[Work]]) -> Iterator[Shape]:
         yield Shape(kernel, sizes, launches, at)
 
 
-def case(shape: Shape, facts: Facts, work: Work) -> kernels.Case | None:
+def case(shape: Shape, facts: Facts, router: int | None) -> kernels.Case | None:
     """The same kernel alone; None for those that bench/kernels.py has not."""
     family, _, t = shape.kernel.rpartition("_")
     sizes, mid = shape.sizes, kernels.MODELS["mid"]
@@ -88,10 +88,13 @@ def case(shape: Shape, facts: Facts, work: Work) -> kernels.Case | None:
     if family == "moe_ffn":
         rows, d, f, experts, k = sizes[:5]
         model = replace(mid, hidden=d, width=f, experts=experts, chosen=k)
-        return kernels.moe(model, rows, t, work.touched)
+        chosen = None if router is None else facts.experts.get(router)
+        experts = None if chosen is None else torch.from_numpy(chosen.copy()).view(rows, k).int()
+        return kernels.moe(model, rows, t, experts=experts)
     if family == "attend" and sizes[1] == sizes[2]:
         rows, heads, _, d = sizes[:4]
-        return kernels.attend(replace(mid, heads=heads, head_size=d), rows, t, int(facts.limits[0]))
+        model, keys = replace(mid, heads=heads, head_size=d), int(facts.limits[0])
+        return kernels.attend(model, rows, t, keys, written=min(facts.R, keys))
     if family == "vocab_choice":
         rows, _, v, d = sizes[:4]
         live = next(iter(facts.live.values()), rows)
@@ -105,26 +108,30 @@ def compare(capture: Capture, lib: Library, machine: Machine, rounds: int) -> It
     work = [costs(plan, each) for each in facts]
     for shape in shapes(capture, work):
         middle = shape.at[len(shape.at) // 2]
-        made = case(shape, facts[middle], work[middle][shape.launches[0]])
+        made = case(shape, facts[middle], routers(plan)[shape.launches[0]])
         if made is None:
             continue
         inside, alone = [], []
-        kernel, calls = lib.kernel(made.kernel), [pack_args(values) for values in made.calls]
+        calls = made.calls
+        alike = [at for at in shape.at if _live(facts[at]) == _live(facts[middle])]
         for turn in range(rounds):
             seconds = _generation(capture)
             inside += [
                 work[at][launch].seconds(machine) / seconds[at][launch]
-                for at in shape.at
+                for at in alike
                 for launch in shape.launches
             ]
-            for call in calls[turn::rounds] if len(calls) > rounds else calls:
-                alone.append(kernels.floor(made, machine) / kernels.seconds(_bound(kernel, call)))
+            for i in range(turn % len(calls), len(calls), min(rounds, len(calls))):
+                made.before(i)
+                (took,) = lib.run([(made.kernel, calls[i])], timed=True)
+                alone.append(kernels.floor(made, machine) / took)
         sizes = " x ".join(map(str, shape.sizes[:5]))
         yield Compared(shape.kernel, sizes, statistics.median(inside), statistics.median(alone))
 
 
-def _bound(kernel: Callable[[object], object], call: object) -> Callable[[], object]:
-    return lambda: kernel(call)
+def _live(facts: Facts) -> int:
+    """Candidates that are still undecided, in eighths of a block: what choosing tokens costs."""
+    return sum(facts.live.values()) // 4
 
 
 def _generation(capture: Capture) -> list[list[float]]:

@@ -15,12 +15,14 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -65,6 +67,8 @@ class Case:
     eager: Callable[[int], object]
     bytes: float
     macs: float
+    before: Callable[[int], object] = lambda i: None
+    """What the step has just written when it calls the kernel."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,24 @@ def copies(nbytes: float) -> int:
     return max(1, min(64, int(ROTATED_BYTES / nbytes)))
 
 
+def as_mapped(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same in one mapped file, as an artifact's weights are: reading scattered pages is a fifth slower."""
+    sizes = [t.numel() * t.element_size() for t in tensors]
+    with tempfile.NamedTemporaryFile() as file:
+        for t in tensors:
+            file.write(t.contiguous().view(-1).view(torch.uint8).numpy())
+        file.flush()
+        whole = torch.from_file(file.name, size=sum(sizes), dtype=torch.uint8)
+    parts = whole.split(sizes)
+    return [p.view(t.dtype).view(t.shape) for p, t in zip(parts, tensors, strict=True)]
+
+
+def as_state(t: torch.Tensor) -> torch.Tensor:
+    """The same in memory as the runtime's states have it, in large pages where the system gives them."""
+    held = np.empty(t.numel() * t.element_size(), dtype=np.uint8)
+    return torch.from_numpy(held).view(t.dtype).view(t.shape).copy_(t)
+
+
 # ---- the cases
 
 
@@ -99,7 +121,8 @@ def linear(m: Model, R: int, t: str, N: int = 0, K: int = 0) -> Case:
     n = copies(N * K * TYPES[t].itemsize)
     ws = [torch.randn(N, K).to(TYPES[t]) for _ in range(n)]
     x, y = torch.randn(R, K).to(TYPES[t]), torch.empty(R, N, dtype=TYPES[t])
-    calls: list[list[Value]] = [[y, x, pack.pack_linear(w), None, None, R, N, K] for w in ws]
+    packed = as_mapped([pack.pack_linear(w) for w in ws])
+    calls: list[list[Value]] = [[y, x, w, None, None, R, N, K] for w in packed]
     size = TYPES[t].itemsize
     return Case(
         "linear qkv",
@@ -111,7 +134,9 @@ def linear(m: Model, R: int, t: str, N: int = 0, K: int = 0) -> Case:
     )
 
 
-def moe(m: Model, R: int, t: str, touched: int | None = None) -> Case:
+def moe(
+    m: Model, R: int, t: str, touched: int | None = None, experts: torch.Tensor | None = None
+) -> Case:
     D, W, E, k = m.hidden, m.width, m.experts, m.chosen
     size = TYPES[t].itemsize
     n = copies(E * 3 * D * W * size)
@@ -119,19 +144,24 @@ def moe(m: Model, R: int, t: str, touched: int | None = None) -> Case:
     down = [(torch.randn(E, D, W) * W**-0.5).to(TYPES[t]) for _ in range(n)]
     x, y = torch.randn(R, D).to(TYPES[t]), torch.empty(R, D, dtype=TYPES[t])
     pool = torch.randperm(E)[: touched or E]
-    experts = torch.stack([pool[torch.randperm(len(pool))[:k]] for _ in range(R)]).int()
+    if experts is None:
+        experts = torch.stack([pool[torch.randperm(len(pool))[:k]] for _ in range(R)]).int()
+    routed = experts
     touched_experts = sorted(set(experts.flatten().tolist()))
     weights = torch.rand(R, k)
     shape = (R, D, W, E, k, 0)
+    packed = as_mapped(
+        [pack.pack_experts(w) for pair in zip(gate_up, down, strict=True) for w in pair]
+    )
     calls: list[list[Value]] = [
-        [y, x, weights, experts, pack.pack_experts(g), pack.pack_experts(d), None, None, *shape]
-        for g, d in zip(gate_up, down, strict=True)
+        [y, x, weights, experts, g, d, None, None, *shape]
+        for g, d in zip(packed[::2], packed[1::2], strict=True)
     ]
 
     def eager(i: int) -> torch.Tensor:
         out = torch.zeros(R, D)
         for e in touched_experts:
-            rows, rank = (experts == e).nonzero(as_tuple=True)
+            rows, rank = (routed == e).nonzero(as_tuple=True)
             g, u = F.linear(x[rows], gate_up[i][e]).chunk(2, -1)
             v = F.linear(F.silu(g) * u, down[i][e])
             out.index_add_(0, rows, v.float() * weights[rows, rank, None])
@@ -148,13 +178,13 @@ def moe(m: Model, R: int, t: str, touched: int | None = None) -> Case:
     )
 
 
-def attend(m: Model, R: int, t: str, context: int | None = None) -> Case:
+def attend(m: Model, R: int, t: str, context: int | None = None, written: int = 0) -> Case:
+    """Of the keys and values, the last `written` come from a cache."""
     H, D, L = m.heads, m.head_size, context or m.context
     size = TYPES[t].itemsize
     n = copies(2 * L * H * D * size)
     q, o = torch.randn(R, H, D).to(TYPES[t]), torch.empty(R, H, D, dtype=TYPES[t])
-    ks = [torch.randn(1, L, H, D).to(TYPES[t]) for _ in range(n)]
-    vs = [torch.randn(1, L, H, D).to(TYPES[t]) for _ in range(n)]
+    ks, vs = ([as_state(torch.randn(1, L, H, D).to(TYPES[t])) for _ in range(n)] for _ in "kv")
     seq, limit = torch.zeros(R, dtype=torch.long), torch.full((R,), L)
     calls: list[list[Value]] = [
         [o, q, k, v, seq, limit, R, H, H, D, L, D**-0.5] for k, v in zip(ks, vs, strict=True)
@@ -165,7 +195,12 @@ def attend(m: Model, R: int, t: str, context: int | None = None) -> Case:
             q.transpose(0, 1)[None], ks[i].transpose(1, 2), vs[i].transpose(1, 2)
         )
 
-    return Case(f"attend {L}", f"attend_{t}", calls, eager, size * 2 * L * H * D, 2 * R * L * H * D)
+    def write(i: int) -> None:
+        for held in (ks[i], vs[i]):
+            held[:, L - written :].mul_(1)
+
+    moved = size * 2 * (L - written) * H * D
+    return Case(f"attend {L}", f"attend_{t}", calls, eager, moved, 2 * R * L * H * D, write)
 
 
 def vocab(m: Model, R: int, t: str, temperature: float = 0.0, live: int | None = None) -> Case:
@@ -177,7 +212,8 @@ def vocab(m: Model, R: int, t: str, temperature: float = 0.0, live: int | None =
     token, outs = torch.empty(R, dtype=torch.long), [torch.empty(R) for _ in range(3)]
     asked, zero = (torch.arange(R) < live).to(torch.uint8), torch.zeros(1, dtype=torch.long)
     tail = (asked, torch.tensor([temperature]), zero, zero, torch.arange(R), R, 1, V, D, V - 1)
-    calls: list[list[Value]] = [[token, *outs, x, pack.pack_linear(w), None, *tail] for w in ws]
+    packed = as_mapped([pack.pack_linear(w) for w in ws])
+    calls: list[list[Value]] = [[token, *outs, x, w, None, *tail] for w in packed]
 
     def eager(i: int) -> object:
         z = F.linear(x, ws[i]).float()

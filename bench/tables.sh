@@ -26,4 +26,5 @@ table kernels_moe 60 bench/kernels.py --only moe --threads 1 --rows 32 --dtypes 
 table step_wide_bfloat16_1 75 $step --model wide --windows 32 --threads 1 --against eager
 table kernels_attend 60 bench/kernels.py --only attend --threads 1 --rows 8 32 --dtypes bf16 --contexts 192 8192 --budget 0.3
 table step_mid_float32_2 60 $step --windows 32 8 64 --threads 2 --dtypes float32 --against ""
+table floors 150 bench/floors.py --rounds 9
 tail -n 8 "$out"/*.txt
