@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -33,6 +34,7 @@ from native import Library, Value, pack_args
 
 from dcompile.codegen.cpu import build, pack
 from dcompile.floor import Machine, measure
+from dcompile.runtime.archive import map_file
 from dcompile.runtime.processor import cpu_flags
 
 TYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -96,14 +98,14 @@ def copies(nbytes: float) -> int:
 
 
 def as_mapped(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same in one mapped file, as an artifact's weights are: reading scattered pages is a fifth slower."""
+    """The same in one mapped file, as an artifact's weights are: pages are not read at the same speed."""
     sizes = [t.numel() * t.element_size() for t in tensors]
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile() as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
         for t in tensors:
             file.write(t.contiguous().view(-1).view(torch.uint8).numpy())
         file.flush()
-        whole = torch.from_file(file.name, size=sum(sizes), dtype=torch.uint8)
-    parts = whole.split(sizes)
+        parts = torch.frombuffer(map_file(Path(file.name)), dtype=torch.uint8).split(sizes)
     return [p.view(t.dtype).view(t.shape) for p, t in zip(parts, tensors, strict=True)]
 
 

@@ -136,7 +136,7 @@ def _linear(program: Program, node: Node) -> Launch | None:
 
 def strided(node: Node) -> tuple[Node, int, int]:
     """(what is in memory, offset, row stride) of a value that may be a slice of the last axis."""
-    if node.target is aten.slice.Tensor:
+    if node.target is aten.slice.Tensor and len(node.args) == 4:
         x, dim, start, _ = node.args
         assert isinstance(x, Node) and isinstance(start, int)
         if dim == value(x).dim() - 1:

@@ -87,7 +87,8 @@ def _leave(program: Program, node: Node, why: str) -> int:
 
 
 def _slice_of(node: Node | None) -> tuple[Node, int] | None:
-    if node is None or node.target is not SLICE:
+    # With a step there is one argument more.
+    if node is None or node.target is not SLICE or len(node.args) != 4:
         return None
     x, dim, start, _ = node.args
     assert isinstance(x, Node) and isinstance(start, int)
@@ -159,12 +160,19 @@ def _rotated(node: Node) -> tuple[Node, Node, Node] | None:
     if node.target is aten.cat.default and len(node.args[0]) == 2:  # type: ignore[arg-type]
         front, rest = node.args[0]  # type: ignore[misc]
         found = _turned(through(front, CAST))
-        x = rest.args[0] if isinstance(rest, Node) and rest.target is SLICE else None
-        if found is None or x is None:
+        if found is None or not isinstance(rest, Node) or rest.target is not SLICE:
             return None
-        head = through(found[0], CAST)
-        whole = head.args[0] if head is not None and head.target is SLICE else None
-        return (x, *found[1:]) if whole is x and head.args[2] == 0 else None  # type: ignore[union-attr]
+        x, head = rest.args[0], through(found[0], CAST)
+        assert isinstance(x, Node) and isinstance(front, Node)
+        last, size = value(x).dim() - 1, int(value(x).shape[-1])
+        rotated = int(value(front).shape[-1])
+        whole = (
+            head is not None
+            and head.target is SLICE
+            and head.args == (x, last, 0, rotated)
+            and rest.args == (x, last, rotated, size)
+        )
+        return (x, *found[1:]) if whole else None
     found = _turned(through(node, CAST))
     if found is None:
         return None

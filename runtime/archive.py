@@ -28,10 +28,10 @@ class Folder(Archive):
 
     def read(self, name: str) -> memoryview:
         if name not in self._maps:
-            self._maps[name] = self._map(name)
+            self._maps[name] = self.map_file(name)
         return self._maps[name]
 
-    def _map(self, name: str) -> memoryview:
+    def map_file(self, name: str) -> memoryview:
         path = self.root
         for part in name.split("/"):
             path = path / part
@@ -40,7 +40,7 @@ class Folder(Archive):
                 raise self._broken("the artifact contains a link", path)
         if not path.is_file():
             raise self._broken("a file of the artifact is missing", path)
-        return _map(path)
+        return map_file(path)
 
     def _broken(self, what: str, path: Path) -> ArtifactError:
         return ArtifactError(what, where=str(path), remedy=_REMEDY)
@@ -49,7 +49,7 @@ class Folder(Archive):
 class ZipFile(Archive):
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._data = _map(path)
+        self._data = map_file(path)
         try:
             self._spans = stored_members(self._data)
         except ValueError as error:
@@ -77,12 +77,12 @@ def open_archive(path: Path) -> Archive:
         return Folder(path)
     if not path.is_file():
         raise ArtifactError("this is neither a folder nor a file", where=str(path), remedy=remedy)
-    if bytes(_map(path)[:4]) != b"PK\3\4":
+    if bytes(map_file(path)[:4]) != b"PK\3\4":
         raise ArtifactError("the file is not an artifact", where=str(path), remedy=remedy)
     return ZipFile(path)
 
 
-def _map(path: Path) -> memoryview:
+def map_file(path: Path) -> memoryview:
     try:
         with path.open("rb") as file:
             if path.stat().st_size == 0:

@@ -154,6 +154,31 @@ def test_a_model_that_mixes_positions_is_refused(model: type[Tiny], tmp_path: Pa
     assert not (tmp_path / "m.dcx").exists()
 
 
+class Interleaves(Tiny):
+    """Gate and up in turn in one product, as GPT-OSS has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(8, 24), nn.Linear(12, 8)
+
+    def middle(self, x: Tensor) -> Tensor:
+        both = self.both(x)
+        gated: Tensor = nn.functional.silu(both[..., ::2]) * both[..., 1::2]
+        return x + self.down(gated)
+
+
+def test_a_gate_of_every_second_column_compiles(tmp_path: Path) -> None:
+    model = spread(Interleaves())
+    runner = dcompile.compile(
+        model, mask_id=MASK, max_length=64, block_length=8, out=tmp_path / "m.dcx"
+    )
+    assert "silu_mul_f32" in [launch.kernel for launch in runner.artifact.plan.launches]
+    (result,) = runner.generate([[1, 2, 3]], gen_length=16, threshold=0.2)
+    assert (result.all_tokens, result.forwards) == decode(
+        model, [1, 2, 3], 16, 8, MASK, threshold=0.2
+    )
+
+
 def test_a_model_without_attention_compiles(tmp_path: Path) -> None:
     model = Tiny().eval()
     runner = dcompile.compile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,6 +108,28 @@ def test_leaves_another_rotation() -> None:
     program = planned(Interleaved())
     assert count(program, ops.WRITE_ROWS) == 2 and not count(program, ops.NORM_ROPE_WRITE)
     assert left_alone(program, "fuse_norm_rope_write")
+
+
+@pytest.mark.parametrize("rest", [slice(None, 4), slice(None, None, 2)])
+def test_leaves_a_rotation_with_another_rest(rest: slice) -> None:
+    """What follows the rotated half of a head must be its other half."""
+
+    class Partial(Model):
+        def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            turned = super().rotate(x[..., :4], cos[..., :4], sin[..., :4])
+            return torch.cat((turned, x[..., rest]), -1)
+
+    program = planned(Partial())
+    assert not count(program, ops.NORM_ROPE_WRITE) and left_alone(program, "fuse_norm_rope_write")
+
+
+def test_fuses_a_rotation_of_half_a_head() -> None:
+    class Partial(Model):
+        def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            turned = super().rotate(x[..., :4], cos[..., :4], sin[..., :4])
+            return torch.cat((turned, x[..., 4:]), -1)
+
+    assert count(planned(Partial()), ops.NORM_ROPE_WRITE) == 1
 
 
 def test_leaves_a_gate_that_is_not_top_k() -> None:
