@@ -32,20 +32,17 @@ def runs_of(kinds: Sequence[str]) -> tuple[Run, ...]:
 
 
 def repeat_layers(program: Program, runs: Sequence[Run]) -> None:
-    """Turn traced layer `i` into the layers of `runs[i]`, one after the other.
+    """Put the other layers of each run after its first, which is the one that was traced.
 
     A layer's nodes read one value that the layer before produced (the hidden state), and values that
     all layers share; the copies read the hidden state of the layer before them.
     """
-    bodies = [[n for n in program.nodes() if _traced_layer(n) == i] for i in range(len(runs))]
     previous_out: Node | None = None
-    for run, body in zip(runs, bodies, strict=True):
+    for run in runs:
+        body = [n for n in program.nodes() if _traced_layer(n) == run.layers[0]]
         inside = set(body)
         (out,) = [n for n in body if any(u not in inside for u in n.users)]
         entry = _entry(body, inside, previous_out)
-        for node in body:
-            _settle(node, run.layers[0])
-        _rename_weights(program, body, run.layers[0])
         last = out
         for layer in run.layers[1:]:
             last = _copy(program, body, entry, last, out, run.layers[0], layer)
@@ -82,21 +79,6 @@ def _weights(body: list[Node]) -> list[Node]:
             if arg not in inside and arg.op == "placeholder" and "layers_" in arg.name:
                 out[arg] = None
     return list(out)
-
-
-def _rename_weights(program: Program, body: list[Node], layer: int) -> None:
-    for node in _weights(body):
-        name = re.sub(r"layers_\d+", f"layers_{layer}", node.name)
-        if name != node.name:
-            _rename(program, node, name)
-
-
-def _rename(program: Program, node: Node, name: str) -> None:
-    index = program.inputs.index(program.input(node.name))
-    program.inputs[index] = replace(program.inputs[index], name=name)
-    program.recipes[name] = program.recipes.pop(node.name)
-    node._rename(name)
-    node.target = name
 
 
 def _copy(

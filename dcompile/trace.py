@@ -133,7 +133,7 @@ class Traced:
     shape: StepShape
     policy: Policy
     recipes: Mapping[str, Recipe]  # by parameter name of the *full* model
-    runs: Sequence[Run] = ()  # which traced layer stands for which layers of the model
+    runs: Sequence[Run] = ()  # layers of which only the first is in the traced model
     pipelined: bool = False  # blocks may be there that need not make progress
     smoothing: bool = False  # masks are embedded together with what was predicted there
 
@@ -260,7 +260,7 @@ def _program(exported: ExportedProgram, wanted: Traced, states: Sequence[str]) -
         ):
             path = target.removeprefix(PARAMETER)
             _rename(node, path.replace(".", "_"))
-            recipes[node.name] = _recipe(path, wanted)
+            recipes[node.name] = wanted.recipes[path]
             inputs.append(Input(node.name, "weight"))
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             _rename(node, "c_" + target.removeprefix(PARAMETER).replace(".", "_"))
@@ -330,15 +330,6 @@ def _rename(node: Node, name: str) -> None:
     if node.name != clean:
         node._rename(clean)
     node.target = node.name
-
-
-def _recipe(path: str, wanted: Traced) -> Recipe:
-    """The recipe of a traced parameter; a traced layer's index is its first in the full model."""
-    found = re.match(r"(.*\blayers)\.(\d+)\.(.*)", path)
-    if found and wanted.runs:
-        first = wanted.runs[int(found[2])].layers[0]
-        path = f"{found[1]}.{first}.{found[3]}"
-    return wanted.recipes[path]
 
 
 def _constant(exported: ExportedProgram, target: str) -> Tensor:

@@ -7,7 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -264,16 +264,25 @@ class DecoderSizes:
     rotate_in_float32: bool = False  # else in the hidden state's dtype
 
 
+class Numbered(nn.ModuleList):
+    """Some of a model's layers, in order, each under its index in the whole model."""
+
+    def __init__(self, layers: Mapping[int, nn.Module]) -> None:
+        super().__init__()
+        for index, layer in layers.items():
+            self.add_module(str(index), layer)
+
+
 class Decoder(nn.Module):
     """The whole sequence in, logits out; no cache."""
 
     def __init__(
-        self, sizes: DecoderSizes, dtype: torch.dtype, layers: Iterable[DecoderLayer]
+        self, sizes: DecoderSizes, dtype: torch.dtype, layers: Mapping[int, DecoderLayer]
     ) -> None:
         super().__init__()
         self.sizes = sizes
         self.embed_tokens = Embedding(sizes.vocab, sizes.hidden, dtype=dtype)
-        self.layers = nn.ModuleList(layers)
+        self.layers = Numbered(layers)
         self.norm = nn.RMSNorm(sizes.hidden, sizes.eps, dtype=dtype)
         self.lm_head = Linear(sizes.hidden, sizes.vocab, bias=False, dtype=dtype)
 

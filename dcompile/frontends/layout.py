@@ -25,7 +25,8 @@ class Layout:
 
     def build(self, layers: Sequence[int], dtype: torch.dtype) -> Decoder:
         """The plain module with the named layers, in order."""
-        return Decoder(self.decoder, dtype, (self._layer(self.kinds[i], dtype) for i in layers))
+        made = {i: self._layer(self.kinds[i], dtype) for i in layers}
+        return Decoder(self.decoder, dtype, made)
 
     def _layer(self, kind: str, dtype: torch.dtype) -> DecoderLayer:
         hidden, eps = self.decoder.hidden, self.decoder.eps

@@ -90,11 +90,13 @@ def test_build_allocates_only_the_named_layers(tmp_path: Path, family: str) -> N
     full = checkpoint.reference()
     last = len(checkpoint.spec.layer_kinds) - 1
     part = checkpoint.build([last, 0])
-    names = {f"layers.0.{n}": f"layers.{last}.{n}" for n, _ in full.layers[last].named_parameters()}
-    names |= {f"layers.1.{n}": f"layers.0.{n}" for n, _ in full.layers[0].named_parameters()}
-    whole = dict(full.named_parameters())
-    for name, parameter in part.named_parameters():
-        assert parameter.shape == whole[names.get(name, name)].shape
+    whole, held = dict(full.named_parameters()), dict(part.named_parameters())
+    assert [type(layer.mlp) for layer in part.layers] == [
+        type(full.layers[i].mlp) for i in (last, 0)
+    ]
+    kept = ("layers.0.", f"layers.{last}.")
+    assert set(held) == {n for n in whole if not n.startswith("layers.") or n.startswith(kept)}
+    assert all(parameter.shape == whole[name].shape for name, parameter in held.items())
     with FakeTensorMode():
         logits = checkpoint.build([last])(torch.zeros(1, 5, dtype=torch.int64))
     assert logits.shape == (1, 5, checkpoint.spec.vocab_size)
