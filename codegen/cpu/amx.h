@@ -24,13 +24,34 @@ struct TileConfig {
     INLINE void tile(int i, int64_t n) { rows[i] = uint8_t(n), bytes[i] = 64; }
 };
 
-// The tiles of a thread, while this lives.  Left in use they would cost 8 KB at every switch of threads.
+// The tiles of a thread, while this lives.
 struct Tiles {
     explicit INLINE Tiles(const TileConfig &config) {
         asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+        tiles_set = -1;
     }
-    INLINE ~Tiles() { asm volatile("tilerelease" : : : "memory"); }
+    INLINE ~Tiles() { release_tiles(); }
 };
+
+// Tiles 0..3 for C[m, 32], all zero, 4 and 5 for A, 6 and 7 for B; until the region ends.
+template <int HALVES> static INLINE void set_tiles(int64_t m) {
+    if (tiles_set != m) {
+        TileConfig config;
+        const int64_t rows[2] = {min_of(m, TILE_ROWS), m - TILE_ROWS};
+        for (int h = 0; h < HALVES; h++)
+            config.tile(2 * h, rows[h]), config.tile(2 * h + 1, rows[h]), config.tile(4 + h, rows[h]);
+        config.tile(6, TILE_K / 2), config.tile(7, TILE_K / 2);
+        asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+        tiles_set = m;
+        return;
+    }
+    _tile_zero(0);
+    _tile_zero(1);
+    if (HALVES == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
 
 // C [32, 32], or its upper half.
 template <int HALVES> static INLINE void load_c(const float *c) {
@@ -85,12 +106,7 @@ template <int HALVES, bool COPIES>
 static __attribute__((noinline)) void tile_gemm(int64_t m, const bf16 *a, const bf16 *b, int64_t K,
                                                 float *c) {
     alignas(64) bf16 copies[4][TILE_K * PANEL];
-    TileConfig config;
-    const int64_t rows[2] = {min_of(m, TILE_ROWS), m - TILE_ROWS};
-    for (int h = 0; h < HALVES; h++)
-        config.tile(2 * h, rows[h]), config.tile(2 * h + 1, rows[h]), config.tile(4 + h, rows[h]);
-    config.tile(6, TILE_K / 2), config.tile(7, TILE_K / 2);
-    const Tiles tiles(config);  // all zero
+    set_tiles<HALVES>(m);
     for (int64_t k0 = 0; k0 < K; k0 += KC, a += m * Operand<bf16>::LDA) {
         const int64_t kc = min_of(KC, K - k0);
         for (int64_t k = 0; k < kc; k += TILE_K, b += TILE_K * PANEL) {
