@@ -42,6 +42,7 @@ def test_every_part(tmp_path: Path) -> None:
     kernels = found["kernels"]
     families = {name.split()[1] for name in kernels}
     assert families >= {"linear", "gated", "gate_up", "attend", "vocab_choice", "norm_rope_write"}
+    assert families >= {"soft_embed", "route_limited", "route_grouped", "route_product", "advance"}
     assert all(r["right"] for r in kernels.values())
     assert found["quality"]["tokens"]["same"]
     steps = found["step"]

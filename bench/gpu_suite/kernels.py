@@ -13,6 +13,7 @@ from dcompile.codegen.kernels.tuned import Shape
 from dcompile.codegen.kernels.variant import Lowering
 from dcompile.tuning.placed import FLUSH, Placed
 from dcompile.tuning.problems import Problem
+from gpu_suite import choices
 from gpu_suite.machine import Machine
 from gpu_suite.references import reference
 from gpu_suite.rows import cases
@@ -78,13 +79,15 @@ def problems(sizes: Mapping[str, int], context: int, block: int, dtype: str) -> 
             ("linear", {"n": d, "k": sizes["ffn"]}, {}),
         ]
     if "experts" in sizes:
-        more = {"top": sizes["top"], "shared": 0}
-        found.append(("gate_up", {"n": sizes["width"], "k": d, "e": sizes["experts"]}, more))
+        for shared in (0, 1):
+            widths = {"n": sizes["width"], "k": d, "e": sizes["experts"] + shared}
+            found.append(("gate_up", widths, {"top": sizes["top"], "shared": shared}))
     return [Problem(Shape(f, tuple(s.items()), dtype), tuple(m.items())) for f, s, m in found]
 
 
 def run(machine: Machine, done: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A result for each kernel of each model that is not in `done`, in bfloat16."""
+    arch = machine.device.arch
     rows, context, block = (8, 64, 8) if machine.dry else (32, 4096, 32)
     flush = None if machine.dry else machine.device.allocate(FLUSH, "what clears the caches")
     dtypes = ("bf16",)
@@ -94,7 +97,6 @@ def run(machine: Machine, done: Mapping[str, Any]) -> Iterator[tuple[str, dict[s
                 name = f"{model} {problem.shape.key}"
                 if name in done:
                     continue
-                arch = machine.device.arch
                 lowering = problem.lowering(arch, problem.default(arch))
                 operands = problem.operands(rows, machine.where)
                 wanted = reference(problem, operands)
@@ -105,13 +107,14 @@ def run(machine: Machine, done: Mapping[str, Any]) -> Iterator[tuple[str, dict[s
                     _measure(machine, lowering, operands, wanted, symbols, work, dtype, flush),
                 )
                 del operands, wanted
-            for case in cases(sizes, rows, machine.where, dtype):
+            given = (sizes, rows, machine.where, dtype)
+            for case in (*cases(*given), *choices.cases(*given, arch)):
                 name = f"{model} {case.name} {dtype}"
                 if name in done:
                     continue
                 wanted = case.reference(case.operands)
                 moved = sum(t.numel() * t.element_size() for t in case.operands.values())
-                work = (moved, 0.0)
+                work = (moved, case.flops)
                 yield (
                     name,
                     _measure(

@@ -14,6 +14,7 @@ from dcompile.codegen.kernels.variant import Lowering
 
 Tensors = Mapping[str, Tensor]
 R = {"R": 1}
+KINDS = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class Case:
     lowering: Lowering
     operands: dict[str, Tensor]
     reference: Callable[[Tensors], dict[str, Tensor]]
+    flops: float = 0.0
 
 
 def cases(sizes: Mapping[str, int], rows: int, where: str, dtype: str) -> list[Case]:
     """Of a model with hidden, heads, groups, size, vocab, and experts and top where it has them."""
-    kind = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    kind = KINDS[dtype]
     draw = torch.Generator(where).manual_seed(1)
 
     def normal(*shape: int, of: torch.dtype = kind) -> Tensor:
@@ -111,13 +113,13 @@ def cases(sizes: Mapping[str, int], rows: int, where: str, dtype: str) -> list[C
     return found
 
 
-def _normed(x: Tensor, weight: Tensor) -> Tensor:
+def normed(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
 
 
 def _add_rms_norm(t: Tensors) -> dict[str, Tensor]:
     total = (t["x"] + t["r"]).double()  # rounded, as it is stored
-    return {"total": total, "y": _normed(total, t["w"])}
+    return {"total": total, "y": normed(total, t["w"])}
 
 
 def _norm_rope_write(t: Tensors, heads: int, groups: int, size: int) -> dict[str, Tensor]:
@@ -130,5 +132,5 @@ def _norm_rope_write(t: Tensors, heads: int, groups: int, size: int) -> dict[str
         return x * cos + torch.cat((-second, first), -1) * sin
 
     keys, values = t["keys"].double().clone(), t["values"].double().clone()
-    keys[0, t["row_pos"]], values[0, t["row_pos"]] = turn(_normed(k, t["k_norm"])), v
-    return {"q": turn(_normed(q, t["q_norm"])), "keys": keys, "values": values}
+    keys[0, t["row_pos"]], values[0, t["row_pos"]] = turn(normed(k, t["k_norm"])), v
+    return {"q": turn(normed(q, t["q_norm"])), "keys": keys, "values": values}
