@@ -51,7 +51,8 @@ def lower(program: Program, architectures: Sequence[int], gated: bool = False) -
     variants = name_variants(plan.launches)
     text, buffers = bind(program, plan)
     if "done" in text["outputs"]:
-        (step,) = advance.launches(sequences={"B": 1}, most=program.shape.slots).steps
+        most = program.shape.slots * program.shape.blocks
+        (step,) = advance.launches(sequences={"B": 1}, most=most).steps
         text["loop"] = {
             "kernel": step.variant.name,
             "grid": list(step.variant.grid),

@@ -231,7 +231,8 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
             self._zeroed[index] = (address, size)
 
     def _bound(self, R: int, B: int, offsets: list[int]) -> DeviceBinding:
-        slots, at = self.plan.sizes["N"], 0
+        # A pipeline has several blocks of a slot at once, each with a clock.
+        slots, at = self.plan.sizes["N"] * self.plan.sizes.get("blocks", 1), 0
         pieces: dict[str, tuple[int, int]] = {}
         loop = {name: 4 for name in LOOP} | {"finished": 4 * slots, "performed": 8 * slots}
         inputs = {name: self.plan.buffers[i].bytes(R, B) for name, i in self.plan.inputs.items()}

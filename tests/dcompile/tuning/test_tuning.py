@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from checkpoints import write_checkpoint
 from fake_cuda import FakeCuda, Launched
 from kernel_shapes import MODELS, lowerings, variants
 
@@ -18,10 +20,12 @@ from dcompile.codegen.kernels import configurations, linear, tuned
 from dcompile.codegen.kernels.configurations import ARCHITECTURES, Tiles
 from dcompile.codegen.kernels.tuned import Shape
 from dcompile.codegen.kernels.variant import Variant
+from dcompile.driver import compile_checkpoint
 from dcompile.errors import OptionError, OutputError
+from dcompile.options import Options
 from dcompile.runtime.cuda import driver
 from dcompile.tuning import measure, select
-from dcompile.tuning.command import shown
+from dcompile.tuning.command import shown, tune_path
 from dcompile.tuning.measure import Outcome, Trial, merged
 from dcompile.tuning.problems import Problem, problems
 from dcompile.tuning.select import shared_bytes, worth_trying
@@ -204,6 +208,26 @@ def test_the_command(
     with pytest.raises(SystemExit):
         main(asked)
     assert OutputError.__name__ in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_compiled_for_the_gpu_that_is_here(
+    fake: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stands in: the checkpoint becomes an artifact, its kernels problems, these a table."""
+    monkeypatch.setattr(driver, "LIBRARY", str(fake.library))
+    sizes = {"num_hidden_layers": 1, "n_layers": 1}
+    folder = write_checkpoint(tmp_path / "checkpoint", "llada", dtype=torch.bfloat16, **sizes)
+    fake.kernels = {"gated": lambda launch: fake.spend((10 + launch.grid[1]) / 1000 - 1)}
+    said: list[str] = []
+    out = tmp_path / "tiles.json"
+    found = tune_path(folder, families=["gated"], most=2, out=out, progress=said.append)
+    assert said[0] == "compiling the checkpoint" and len(found) == 1
+    (key,) = json.loads(out.read_text())["sm_90"]
+    assert key == found[0].problem.shape.key and key.startswith("gated ")
+    cpu = compile_checkpoint(folder, Options(max_length=32), tmp_path / "cpu.dcx")
+    with pytest.raises(OptionError, match="no kernels to tune"):
+        tune_path(cpu, out=out)
 
 
 def main_or_exit(arguments: list[str]) -> None:

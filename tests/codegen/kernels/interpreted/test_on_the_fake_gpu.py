@@ -22,17 +22,17 @@ assert interpreter
 PROMPTS = [[1, 2, 3, 4, 5], [3, 1, 4]]
 
 
-def same_tokens(tmp_path: Path, layers: int, **options: object) -> tuple[CudaExecutor, FakeCuda]:
+def same_tokens(
+    tmp_path: Path, layers: int, family: str = "llada_moe", **options: object
+) -> tuple[CudaExecutor, FakeCuda]:
     """Both artifacts' tokens and forwards in float32, the GPU's through its runtime."""
     torch.set_num_threads(1)
+    experts = {"moe_layer_freq": [1] * layers, "num_experts": 4} if family == "llada_moe" else {}
     checkpoint = write_checkpoint(
-        tmp_path / "checkpoint",
-        "llada_moe",
-        num_hidden_layers=layers,
-        moe_layer_freq=[1] * layers,
-        num_experts=4,
+        tmp_path / "checkpoint", family, num_hidden_layers=layers, **experts
     )
-    given = Options(max_length=24, batch=2, block_length=4, cache="dual", **options)  # type: ignore[arg-type]
+    base = {"max_length": 24, "batch": 2, "block_length": 4, "cache": "dual"}
+    given = Options(**{**base, **options})  # type: ignore[arg-type]
     cpu = compile_checkpoint(checkpoint, given, tmp_path / "cpu.dcx")
     made = compile_checkpoint(checkpoint, given.changed(target="cuda:sm_90"), tmp_path / "gpu.dcx")
     artifact = open_artifact(made)
@@ -75,3 +75,12 @@ def test_what_is_rarely_asked_for(
     executor, _ = same_tokens(tmp_path, layers=1, **options)
     names = {launch.kernel for launch in executor.plan.launches}
     assert all(any(name.startswith(one) for name in names) for one in kernels), names
+
+
+def test_more_blocks_than_sequences(tmp_path: Path) -> None:
+    """Pipelined, a slot has several blocks, each with a clock: the end of a turn knows all of them."""
+    executor, _ = same_tokens(
+        tmp_path, layers=1, family="sdar", manager="pipelined", policy="d2f", cache="block"
+    )
+    most = max(B for _, B in executor.memory._bindings)
+    assert most > executor.plan.sizes["N"] and executor.graph_launches
