@@ -1,4 +1,4 @@
-"""Mixtures of experts at their edges, through whole artifacts: right, or an error by name."""
+"""Mixtures of experts at their edges, through whole artifacts, on every instruction set that runs here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from spellings import Mixture, Router, Sizes
 from torch import Tensor, nn
 
 import dcompile
+from dcompile.codegen.cpu import build
+from dcompile.runtime import artifact
 from dcompile.runtime.loop import Runner
+from dcompile.runtime.processor import cpu_flags
 
 MASK = 60
+# sse4a says where avx512bf16 is worth taking, not where it runs.
+ISAS = build.runnable([*cpu_flags(), "sse4a"])
 OPTIONS = {"mask_id": MASK, "cache": "none"}
 
 
@@ -36,18 +41,29 @@ class Model(nn.Module):
         return self.head(x + self.block(self.norm(x)))
 
 
-def compiled(model: Model, folder: Path, length: int = 40, block: int = 8) -> Runner:
+def compiled(model: Model, folder: Path, length: int = 40, block: int = 8) -> list[Runner]:
+    """A runner for each instruction set."""
     sizes = {"max_length": length, "block_length": block}
     runner = dcompile.compile(model, out=folder / "m.dcx", **sizes, **OPTIONS)
     kernels = [launch.kernel for launch in runner.artifact.plan.launches]
-    assert kernels.count("route") == kernels.count("moe_ffn_f32") == 1
-    return runner
+    dtype = {torch.float32: "f32", torch.bfloat16: "bf16"}[model.head.weight.dtype]
+    assert kernels.count("route") == kernels.count(f"moe_ffn_{dtype}") == 1
+    runners = []
+    for isa in ISAS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(artifact, "cpu_flags", lambda: frozenset(build.ISA_FLAGS[isa]))  # noqa: B023
+            runners.append(Runner.load(folder / "m.dcx"))
+        assert runners[-1].artifact.isa == isa
+    return runners
 
 
-def same(model: Model, runner: Runner, prompt: list[int], count: int = 16, block: int = 8) -> None:
-    (result,) = runner.generate([prompt], gen_length=count, threshold=0.3, early_stop=False)
+def same(
+    model: Model, runners: list[Runner], prompt: list[int], count: int = 16, block: int = 8
+) -> None:
     wanted = decode(model, prompt, count, block, MASK, threshold=0.3)
-    assert (result.all_tokens, result.forwards) == wanted
+    for runner in runners:
+        (result,) = runner.generate([prompt], gen_length=count, threshold=0.3, early_stop=False)
+        assert (result.all_tokens, result.forwards) == wanted, runner.artifact.isa
 
 
 @pytest.mark.parametrize("least", [-9.0, 9.0], ids=["nobody chose one", "everybody chose one"])
@@ -66,6 +82,19 @@ def test_top_k_equal_to_the_number_of_experts(tmp_path: Path) -> None:
     same(model, compiled(model, tmp_path), [5, 6, 7])
 
 
+def in_float32(m: Mixture, z: Tensor) -> tuple[Tensor, Tensor]:
+    weights, index = spellings.softmax_renormalised(m, z)
+    return weights.to(z.dtype), index
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_bfloat16_with_one_expert_a_token_and_with_all(top_k: int, tmp_path: Path) -> None:
+    """As AMX and pairs of bf16 multiply it: a prime count of experts, one and all of them chosen."""
+    sizes = Sizes(hidden=40, inner=24, experts=5, top_k=top_k)
+    model = Model(in_float32, sizes).to(torch.bfloat16)
+    same(model, compiled(model, tmp_path), [5, 6, 7])
+
+
 def test_one_token_and_4096(tmp_path: Path) -> None:
     model = Model(spellings.softmax_of_chosen, Sizes(experts=6, top_k=2))
     same(model, compiled(model, tmp_path, 40, 1), [], 1, 1)
@@ -80,15 +109,16 @@ def test_numbers_that_are_none_stay_in_their_row(
 ) -> None:
     """A token whose router logits are NaN or infinite spoils no other row, and decoding ends."""
     model = Model(router, Sizes(experts=6, top_k=2))
-    clean = compiled(model, tmp_path)
+    clean = compiled(model, tmp_path)[0]
     (wanted,) = clean.generate([[5, 6, 7]], gen_length=16, threshold=0.3, early_stop=False)
     with torch.no_grad():
         model.embed.weight[9] = poison
     assert 9 not in wanted.all_tokens
-    poisoned = compiled(model, tmp_path)
-    (got,) = poisoned.generate([[5, 9, 7]], gen_length=16, threshold=0.3, early_stop=False)
-    assert got.all_tokens == wanted.all_tokens
+    for poisoned in compiled(model, tmp_path):
+        (got,) = poisoned.generate([[5, 9, 7]], gen_length=16, threshold=0.3, early_stop=False)
+        assert got.all_tokens == wanted.all_tokens, poisoned.artifact.isa
     with torch.no_grad():
         model.embed.weight[MASK] = poison
-    (spoilt,) = compiled(model, tmp_path).generate([[5, 6, 7]], gen_length=16, early_stop=False)
-    assert len(spoilt.all_tokens) == 16 and MASK not in spoilt.all_tokens
+    for runner in compiled(model, tmp_path):
+        (spoilt,) = runner.generate([[5, 6, 7]], gen_length=16, early_stop=False)
+        assert len(spoilt.all_tokens) == 16 and MASK not in spoilt.all_tokens
