@@ -28,7 +28,7 @@ table llamacpp 180 bench/llamacpp.py --keep "$llama" --rounds 3
 table step_mid_bfloat16_2 180 $step --windows 32 8 64 --threads 2
 table step_mid_float32_1 150 $step --windows 32 --threads 1 --dtypes float32
 table step_wide_bfloat16_1 180 $step --model wide --windows 32 --threads 1
-table moe 120 bench/moe.py --count 16 --rounds 3
+table moe 180 bench/moe.py --count 16 --rounds 2
 table step_mid_float32_1_others 150 $step --windows 8 64 --threads 1 --dtypes float32 --against eager
 table kernels_moe 60 bench/kernels.py --only moe --threads 1 --rows 32 --dtypes bf16 --budget 0.5
 table cost 120 bench/cost.py --count 32
