@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,12 +87,20 @@ def _weights() -> torch.Tensor:
     A buffer that the last cache holds would be read faster than weights ever are: by a fifth with the
     480 MiB of a Granite Rapids.
     """
-    size = -(-max(_BUFFER, 3 * _last_cache()) // _PIECE) * _PIECE
-    memory = mmap.mmap(-1, size)
+    wanted = min(max(_BUFFER, 3 * _last_cache()), max(_BUFFER, _free_memory() // 4))
+    size = -(-wanted // _PIECE) * _PIECE
+    try:
+        memory = mmap.mmap(-1, size)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes to measure the machine's bandwidth with") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _last_cache() -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dcompile.codegen.lower import lower
+from dcompile.codegen.targets import parse_target
 from dcompile.driver import _of_module as origin_of_module
 from dcompile.driver import compile_module, manifest_facts, settle, trace_origin
 from dcompile.errors import DcompileError, OptionError, UnsupportedModel, VerificationError
@@ -72,7 +73,8 @@ def attempt(spec: Spec, native: bool = False, edits: Sequence[int] = ()) -> list
             run(program, settled, stages)
             if not native or wanted:
                 return "passed", f"{len(stages.passed)} stages"
-            made = Compiled(origin, settled, program, lower(program), stages)
+            target = parse_target(settled.target)
+            made = Compiled(origin, settled, target, program, lower(program), stages)
             with tempfile.TemporaryDirectory() as folder:
                 path = compile_module(model, options, Path(folder) / "m.dcx")
                 compare_layers(Runner.load(path, threads=1), made)
