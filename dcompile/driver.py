@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -261,11 +262,30 @@ def trace_origin(
     wanted = Traced(shape, policy, origin.recipes, origin.runs, pipelined, smoothing)
     if not origin.runs:
         module = origin.build()
-        return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
+        return trace(module if dtype == spec.dtype else _in_dtype(module, dtype), wanted)
     with fake_weights():
         module = origin.build()
         module.eval()
-        return trace(module if dtype == spec.dtype else module.to(dtype), wanted)
+        return trace(module if dtype == spec.dtype else _in_dtype(module, dtype), wanted)
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy that computes in `dtype`: `module.to` would change the user's, and fails on fake tensors."""
+    made: dict[int, object] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        held = tensor.detach()
+        held = held.to(dtype) if held.is_floating_point() else held
+        kept = isinstance(tensor, nn.Parameter)
+        made[id(tensor)] = nn.Parameter(held, requires_grad=False) if kept else held
+    try:
+        return copy.deepcopy(module, made)
+    except (TypeError, RuntimeError) as error:
+        name = str(dtype).removeprefix("torch.")
+        what = (
+            f"the module cannot be copied to compute in {name}: {str(error).partition(chr(10))[0]}"
+        )
+        remedy = f"convert it before, module.to(torch.{name}), or leave --dtype out"
+        raise ConfigError(what, remedy=remedy) from error
 
 
 def _blocks(options: Options) -> int:
@@ -380,8 +400,8 @@ def _vocabulary(program: Program) -> int:
     from dcompile.ir import ops
     from dcompile.ir.edit import value
 
-    for node in program.calls(ops.VOCAB_CHOICE):
+    for node in program.calls(ops.VOCAB_CHOICE, ops.VOCAB_CHOICE_ASKED):
         return int(value(node.args[1]).shape[0])  # type: ignore[arg-type]
-    for node in program.calls(ops.CHOOSE):
+    for node in program.calls(ops.CHOOSE, ops.CHOOSE_ASKED):
         return int(value(node.args[0]).shape[-1])  # type: ignore[arg-type]
     raise AssertionError("a step chooses tokens")

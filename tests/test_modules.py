@@ -223,3 +223,16 @@ def test_other_models_are_refused_by_name(model: type[Tiny], tmp_path: Path) -> 
         )
     assert isinstance(refused.value, DcompileError)
     assert refused.value.remedy
+
+
+def test_another_dtype_leaves_the_module_as_it_is() -> None:
+    """With a policy that asks for tokens' probabilities, which any module may have."""
+    model = bert()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    runner = dcompile.compile(
+        model, mask_id=MASK, dtype="bfloat16", max_length=64, block_length=8, policy="remask"
+    )
+    (result,) = runner.generate([[1, 2, 3]], gen_length=16)
+    assert len(result.all_tokens) == 16 and MASK not in result.all_tokens
+    after = model.state_dict()
+    assert all(after[n].dtype == t.dtype and torch.equal(after[n], t) for n, t in before.items())
