@@ -87,7 +87,7 @@ def _weights() -> torch.Tensor:
     A buffer that the last cache holds would be read faster than weights ever are: by a fifth with the
     480 MiB of a Granite Rapids.
     """
-    wanted = min(max(_BUFFER, 3 * _last_cache()), max(_BUFFER, _free_memory() // 4))
+    wanted = min(max(_BUFFER, 3 * last_cache()), max(_BUFFER, _free_memory() // 4))
     size = -(-wanted // _PIECE) * _PIECE
     try:
         memory = mmap.mmap(-1, size)
@@ -103,7 +103,7 @@ def _free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _last_cache() -> int:
+def last_cache() -> int:
     """Bytes of the largest cache that Linux lists; 0 where it lists none."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):

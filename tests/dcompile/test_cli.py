@@ -380,7 +380,7 @@ try:
 except SystemExit as done:
     assert not done.code
 parts = {{name.split(".")[1] for name in sys.modules if name.startswith("dcompile.")}}
-assert parts == {{"cli", "errors", "on_the_spot", "options", "runtime", "untrusted"}}, parts
+assert parts == {{"cli", "cubin", "errors", "on_the_spot", "options", "runtime", "untrusted"}}, parts
 assert not {{"transformers", "torch._inductor", "torch._dynamo"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
