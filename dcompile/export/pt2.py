@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -53,11 +54,13 @@ def write_pt2(source: Source, out: Path, entry: Entry, dtype: torch.dtype) -> li
         exported = torch.export.export(
             _Held(step, source), tuple(given), dynamic_shapes=(tuple(shapes),), strict=False
         )
-        with appearing(out) as folder:
+        # An archive's inner folder is named after its file: always alike, for equal bytes.
+        with appearing(out) as folder, tempfile.TemporaryDirectory(dir=folder) as beside:
+            package, whole = (Path(beside) / f"{name}{SUFFIX}" for name in ("made", "step"))
             try:
                 torch._inductor.aoti_compile_and_package(
                     exported,
-                    package_path=str(folder / out.name),
+                    package_path=str(package),
                     inductor_configs={"aot_inductor.metadata": {"dcompile": json.dumps(said)}},
                 )
             except OSError:
@@ -68,4 +71,23 @@ def write_pt2(source: Source, out: Path, entry: Entry, dtype: torch.dtype) -> li
                     f"AOTInductor could not compile the step: {type(failure).__name__}: {first}",
                     remedy="it needs a C++ compiler: install g++, or set CXX",
                 ) from failure
+            _copy_without_commands(package, whole)
+            whole.rename(folder / out.name)
     return [out]
+
+
+def _copy_without_commands(package: Path, to: Path) -> None:
+    """The same archive without the comments in its sources that say how they were compiled.
+
+    Inductor adds one to a cached source each time that it is used, with the machine's own paths.
+    """
+    reader = torch._C.PyTorchFileReader(str(package))
+    writer = torch._C.PyTorchFileWriter(str(to))
+    for name in reader.get_all_records():
+        if name.startswith(".data/"):
+            continue  # the writer's own
+        data = reader.get_record(name)
+        if name.endswith(".cpp"):
+            data = data.partition(b"\n// Compile cmd\n")[0].rstrip() + b"\n"
+        writer.write_record(name, data, len(data))
+    writer.write_end_of_file()

@@ -51,6 +51,9 @@ def test_torch_alone_runs_the_step(
 ) -> None:
     made = make(family, config=config)
     out = export(Asked(made.artifact, tmp_path / "step.pt2", "pt2")).files[0]
+    if config is SMALL:
+        twin = export(Asked(made.folder, tmp_path / "twin.pt2", "pt2", options=made.options))
+        assert twin.files[0].read_bytes() == out.read_bytes()
     checkpoint = open_checkpoint(made.folder)
     span, shift = checkpoint.spec.block_length, int(checkpoint.spec.shift)
     n = span or 8
