@@ -137,7 +137,7 @@ def main() -> None:
         print(json.dumps(part))
         return
     if given.folder is not None:
-        Path(given.folder).mkdir(parents=True, exist_ok=True)
+        given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dcompile-full-", dir=given.folder) as name:
         folder = Path(name)
         start = time.perf_counter()
