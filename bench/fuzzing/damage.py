@@ -491,6 +491,8 @@ _CHANGES = {
 def _seal(folder: Path) -> None:
     """Give the manifest the hashes of what is there, and its own, as far as it can still be read."""
     path = folder / "manifest.json"
+    if not path.is_file():
+        return  # opening a pipe would wait for ever
     try:
         body = json.loads(path.read_bytes())
         for name, claim in body["files"].items():
