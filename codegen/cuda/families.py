@@ -333,10 +333,6 @@ def _attend(f: Families, node: Node) -> Site | None:
 
 def _route(f: Families, node: Node) -> Site | None:
     logits, bias, top_k, score, groups, kept, renormalize, scale = node.args
-    if score not in route.SCORES:
-        raise f.refuse(
-            node, f"the router's score is {score!r}, kernels have {', '.join(route.SCORES)}"
-        )
     weights, experts = all_outputs(f.program, node, 2)
     how = {
         **{"rows": f.rows(logits), "num_experts": int(value(logits).shape[-1]), "top_k": top_k},
@@ -377,10 +373,6 @@ def _route(f: Families, node: Node) -> Site | None:
 def _route_limited(f: Families, node: Node) -> Site | None:
     logits, bias, *places, top_k, score, groups, kept, renormalize = node.args[:11]
     scale, capacity, reroute, pool = node.args[11:]
-    if score not in route.SCORES:
-        raise f.refuse(
-            node, f"the router's score is {score!r}, kernels have {', '.join(route.SCORES)}"
-        )
     dtype = short(logits)
     if dtype is None:
         return None

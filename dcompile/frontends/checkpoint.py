@@ -26,6 +26,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def open_checkpoint(path: str | Path, mask_id: int | None = None) -> Checkpoint:
     """Opens a Hugging Face folder or a `model.pt`; `mask_id` overrules what the files say."""
     path = Path(path)
+    if (path.suffix == ".dcx" and path.exists()) or (path / "plan.json").is_file():
+        raise CheckpointError(
+            "an artifact, which is compiled already",
+            where=str(path),
+            remedy=f"dcompile run {path} --prompt TEXT",
+        )
     if path.is_dir():
         return _open_folder(path, mask_id)
     if path.is_file() and path.suffix != ".safetensors":

@@ -526,3 +526,13 @@ def test_nothing_is_read_until_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(files.Safetensors, "read", lambda *_: pytest.fail("read"))
     checkpoint = open_checkpoint(folder)
     assert checkpoint.build([0]) is not None and checkpoint.digest()
+
+
+def test_an_artifact_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.dcx").write_bytes(b"PK")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "plan.json").write_text("{}")
+    for name in ("model.dcx", "folder"):
+        with pytest.raises(CheckpointError) as error:
+            open_checkpoint(tmp_path / name)
+        assert "compiled already" in str(error.value) and "dcompile run" in str(error.value)
