@@ -88,31 +88,47 @@ template <int HALVES> static INLINE void tile_step(const bf16 *a, int64_t lda, c
     }
 }
 
-// The panel of a step, copied to where the tiles are loaded from: at most `lines` of it, the rest zero.
-// Tiles loaded from memory itself keep few lines on their way: 5 rows read at 7.9 GB/s so and at 13.3 by
-// copies, 32 rows at 7.4 and 12.1 (Sapphire Rapids, where vectors alone read at 12.1).
-static INLINE void copy_step(bf16 *to, const bf16 *b, int64_t lines) {
-    enum : int64_t { LINE = 32, AHEAD = 4096 };
+// The panel of a step, copied to where the tiles are loaded from: at most `lines` of it, the rest zero; meanwhile
+// asks for as much from `ahead`.  Tiles loaded from memory itself keep few lines on their way: 5 rows read at
+// 7.9 GB/s so and at 13.3 by copies, 32 rows at 7.4 and 12.1 (Sapphire Rapids, where vectors alone read at 12.1).
+static INLINE void copy_step(bf16 *to, const bf16 *b, int64_t lines, const bf16 *ahead) {
+    enum : int64_t { LINE = 32 };
     for (int64_t i = 0; i < TILE_K; i++) {
-        __builtin_prefetch(b + i * LINE + AHEAD, 0, 2);
+        __builtin_prefetch(ahead + i * LINE, 0, 2);
         const __m512i line = i < lines ? _mm512_loadu_si512(b + i * LINE) : _mm512_setzero_si512();
         _mm512_store_si512(to + i * LINE, line);
     }
     asm volatile("" : : : "memory");  // a load of tiles does not say that it reads
 }
 
-// C[m, 32] = A[m, K] B[K, 32].  COPIES: the panel comes from memory, not from a cache.
+// Where to ask for weights: 8 KB further on, at first in this panel, then in the one that comes next.
+struct Ahead {
+    enum : int64_t { DISTANCE = 4096 };
+    const bf16 *at, *end, *next;
+
+    Ahead(const bf16 *panel, int64_t size, const bf16 *next)
+        : at(panel + DISTANCE), end(panel + size), next(next ? next : panel + size) {}
+    INLINE const bf16 *step() {
+        if (at >= end) at = next, end = at + DISTANCE;
+        at += TILE_K * PANEL;
+        return at - TILE_K * PANEL;
+    }
+};
+
+// C[m, 32] = A[m, K] B[K, 32].  COPIES: the panel comes from memory, not from a cache, and so does `next`.
 template <int HALVES, bool COPIES>
 static __attribute__((noinline)) void tile_gemm(int64_t m, const bf16 *a, const bf16 *b, int64_t K,
-                                                float *c) {
+                                                float *c, const bf16 *next) {
     alignas(64) bf16 copies[4][TILE_K * PANEL];
+    Ahead ahead(b, padded_k<bf16>(K) * PANEL, next);
     set_tiles<HALVES>(m);
     for (int64_t k0 = 0; k0 < K; k0 += KC, a += m * Operand<bf16>::LDA) {
         const int64_t kc = min_of(KC, K - k0);
         for (int64_t k = 0; k < kc; k += TILE_K, b += TILE_K * PANEL) {
             bf16 *copy = copies[k / TILE_K % 4];
             const bool whole = k + TILE_K <= kc;
-            if (COPIES || !whole) copy_step(copy, b, whole ? TILE_K : padded_k<bf16>(kc - k));
+            if (COPIES || !whole)
+                copy_step(copy, b, whole ? TILE_K : padded_k<bf16>(kc - k), COPIES ? ahead.step() : b);
             tile_step<HALVES>(a + k, Operand<bf16>::LDA, COPIES || !whole ? copy : b);
         }
     }

@@ -170,17 +170,25 @@ static inline void gemm_panel(const Tiling &tiles, int64_t first, int64_t last,
 }
 
 #if defined(__AMX_BF16__)
+template <bool COPIES>
+static inline void tile_gemm(int64_t m, const bf16 *a, const bf16 *panel, int64_t K, float *c,
+                             const bf16 *next) {
+    if (m > TILE_ROWS)
+        tile_gemm<2, COPIES>(m, a, panel, K, c, next);
+    else
+        tile_gemm<1, COPIES>(m, a, panel, K, c, next);
+}
+
 template <>
 inline void gemm_panel<bf16>(const Tiling &tiles, int64_t first, int64_t last, const bf16 *a,
-                             const bf16 *panel, const bf16 *, int64_t K, float *c) {
+                             const bf16 *panel, const bf16 *next, int64_t K, float *c) {
     for (int64_t t = first; t < last; t++) {
-        const int64_t m = tiles.size(t);
         const bf16 *rows = a + tiles.first(t) * row_size<bf16>(K);
         float *to = c + tiles.first(t) * PANEL;
         if (t == first)
-            m > TILE_ROWS ? tile_gemm<2, true>(m, rows, panel, K, to) : tile_gemm<1, true>(m, rows, panel, K, to);
+            tile_gemm<true>(tiles.size(t), rows, panel, K, to, next);
         else
-            m > TILE_ROWS ? tile_gemm<2, false>(m, rows, panel, K, to) : tile_gemm<1, false>(m, rows, panel, K, to);
+            tile_gemm<false>(tiles.size(t), rows, panel, K, to, next);
     }
 }
 #endif

@@ -33,9 +33,12 @@ struct MoeShape {
     int64_t D, F, E, k, activation;
 };
 
+enum : int64_t { CACHE = 4 << 20 };  // bytes that stay near a core, at most
+
 // The slots of some rows by expert.  Tiles are numbered through all experts.
 struct Sorted {
     int64_t slots, touched, tiles;
+    bool past;                       // the caches, with what is written
     int64_t *expert, *first;         // of each touched expert; first[touched] = slots
     int64_t *first_tile;             // of each touched expert; first_tile[touched] = tiles
     int64_t *tile_slot, *tile_rows;  // of each tile
@@ -43,8 +46,9 @@ struct Sorted {
 };
 
 template <class T>
-static void sort_slots(Sorted &s, Carve &carve, const int32_t *experts, int64_t R, int64_t E,
-                       int64_t k) {
+static void sort_slots(Sorted &s, Carve &carve, const int32_t *experts, int64_t R,
+                       const MoeShape &shape) {
+    const int64_t E = shape.E, k = shape.k;
     int64_t *count = carve.take<int64_t>(E + 1);
     s.expert = carve.take<int64_t>(E), s.first = carve.take<int64_t>(E + 1);
     s.first_tile = carve.take<int64_t>(E + 1);
@@ -68,6 +72,7 @@ static void sort_slots(Sorted &s, Carve &carve, const int32_t *experts, int64_t 
         count[e] = s.slots, s.slots += tiles.rows;
     }
     s.first[s.touched] = s.slots, s.first_tile[s.touched] = s.tiles;
+    s.past = s.touched * 3 * shape.D * shape.F * int64_t(sizeof(T)) > CACHE;
     for (int64_t i = 0; i < R * k; i++) {
         const bool known = experts[i] >= 0 && experts[i] < E;
         s.place[i] = known ? count[experts[i]]++ : -1;
@@ -87,14 +92,23 @@ template <class T> struct Panels {
     }
 };
 
-// out[panel][slot][32] = A[slot] W[expert of the slot]^T for one panel of one expert.
+// c[slot of the expert][32] = A[slot] W[e]^T for one panel of one expert.
 template <class T>
-static INLINE void expert_panel(const Sorted &s, int64_t e, int64_t p,
-                                const typename Operand<T>::A *a, const T *panel, const T *next,
-                                int64_t K, float *out) {
+static INLINE void expert_panel(const Sorted &s, int64_t e, const typename Operand<T>::A *a,
+                                const T *panel, const T *next, int64_t K, float *c) {
     const int64_t slot = s.first[e];
     gemm_panel<T>(tiles_of<T>(s.first[e + 1] - slot), 0, s.first_tile[e + 1] - s.first_tile[e],
-                  a + slot * row_size<T>(K), panel, next, K, out + (p * s.slots + slot) * PANEL);
+                  a + slot * row_size<T>(K), panel, next, K, c);
+}
+
+// PAST the caches or not: where more weights go through than a cache holds, a line written has left it by its next
+// use, and to fetch it for writing holds up the stream of weights for as long as 14 lines of it take (Granite
+// Rapids: 14.4 GB/s with plain stores, 17.0 so; asking for the lines early, or large pages, gave nothing).
+template <class T> static INLINE void put(T *p, vf v, bool past) {
+    if (past)
+        stream(p, v);
+    else
+        store(p, v);
 }
 
 // body(e, p) for each touched expert and each of `per` panels.
@@ -107,9 +121,10 @@ static INLINE void each_panel(Team &team, int phase, const Sorted &s, int64_t pe
     });
 }
 
-// Columns [f0, f1) of the hidden layer, within one block of KC, for the slots of an expert.
-template <class T>
-static void activate_columns(const Sorted &s, int64_t e, int64_t f0, int64_t f1, const float *h,
+// Columns [f0, f1) of the hidden layer, within one block of KC, for the slots of an expert; at(slot, column)
+// is where gate and up stand.
+template <class T, class At>
+static void activate_columns(const Sorted &s, int64_t e, int64_t f0, int64_t f1, At &&at,
                              const T *bias, typename Operand<T>::A *act, const MoeShape &shape) {
     const int64_t F = shape.F, block = f0 / KC, LDA = Operand<T>::LDA;
     if (bias) bias += s.expert[e] * 2 * F;
@@ -117,19 +132,20 @@ static void activate_columns(const Sorted &s, int64_t e, int64_t f0, int64_t f1,
         const int64_t slot = s.tile_slot[t], m = s.tile_rows[t];
         typename Operand<T>::A *a = act + slot * row_size<T>(F) + block * m * LDA;
         for (int64_t i = 0; i < m; i++, a += LDA) {
-            auto at = [&](int64_t column) {
-                return h + (column / PANEL * s.slots + slot + i) * PANEL + column % PANEL;
-            };
             for (int64_t f = f0; f < f1; f += VL) {
                 const int64_t n = f1 - f;
-                vf gate = load(at(f)), up;
+                vf gate = load(at(slot + i, f)), up;
                 if (F % VL == 0) {
-                    up = load(at(F + f));
+                    up = load(at(slot + i, F + f));
                 } else {
-                    for (int64_t l = 0; l < VL; l++) up[l] = l < n ? *at(F + f + l) : 0.0f;
+                    for (int64_t l = 0; l < VL; l++) up[l] = l < n ? *at(slot + i, F + f + l) : 0.0f;
                 }
                 if (bias) gate += load_n(bias + f, n), up += load_n(bias + F + f, n);
-                store_n(a + (f - block * KC), rounded<T>(activate(gate, shape.activation) * up), n);
+                const vf v = rounded<T>(activate(gate, shape.activation) * up);
+                if (n >= VL)
+                    put(a + (f - block * KC), v, s.past);
+                else
+                    store_n(a + (f - block * KC), v, n);
             }
             for (int64_t f = f1 - block * KC; f % Operand<T>::STEP; f++) a[f] = {};
         }
@@ -138,45 +154,60 @@ static void activate_columns(const Sorted &s, int64_t e, int64_t f0, int64_t f1,
 
 template <class T>
 static void gate_and_up(Team &team, const Sorted &s, const typename Operand<T>::A *x, const T *w,
-                        const T *bias, float *h, typename Operand<T>::A *act,
+                        const T *bias, float *c, float *h, typename Operand<T>::A *act,
                         const MoeShape &shape) {
     const int64_t F = shape.F, D = shape.D;
     const Panels<T> panels{s, w, div_up(2 * F, PANEL), panel_size<T>(D)};
     if (F % PANEL == 0) {
         const int64_t half = F / PANEL;
         each_panel(team, 0, s, half, [&](int64_t e, int64_t p) {
+            const int64_t first = s.first[e], rows = s.first[e + 1] - first;
             const T *gate = panels.at(e, p), *up = panels.at(e, half + p);
             const T *next = p + 1 < half ? panels.at(e, p + 1) : panels.at(e + 1, 0);
-            expert_panel<T>(s, e, p, x, gate, up, D, h);
-            expert_panel<T>(s, e, half + p, x, up, next, D, h);
-            activate_columns<T>(s, e, p * PANEL, (p + 1) * PANEL, h, bias, act, shape);
+            expert_panel<T>(s, e, x, gate, up, D, c);
+            expert_panel<T>(s, e, x, up, next, D, c + rows * PANEL);
+            auto at = [&](int64_t slot, int64_t column) {
+                return c + ((column < F ? 0 : rows) + slot - first) * PANEL + column % PANEL;
+            };
+            activate_columns<T>(s, e, p * PANEL, (p + 1) * PANEL, at, bias, act, shape);
         });
         return;
     }
     each_panel(team, 0, s, panels.count, [&](int64_t e, int64_t p) {
-        expert_panel<T>(s, e, p, x, panels.at(e, p), panels.at(e, p + 1), D, h);
+        expert_panel<T>(s, e, x, panels.at(e, p), panels.at(e, p + 1), D,
+                        h + (p * s.slots + s.first[e]) * PANEL);
     });
     team.barrier();
     each_panel(team, 1, s, div_up(F, KC), [&](int64_t e, int64_t block) {
         const int64_t f = block * KC;
-        activate_columns<T>(s, e, f, min_of(F, f + KC), h, bias, act, shape);
+        auto at = [&](int64_t slot, int64_t column) {
+            return h + (column / PANEL * s.slots + slot) * PANEL + column % PANEL;
+        };
+        activate_columns<T>(s, e, f, min_of(F, f + KC), at, bias, act, shape);
     });
 }
 
+// Columns of panel p of y, for all rows; out is [panel][slot][32].
 template <class T>
-static INLINE void combine_row(const Sorted &s, int64_t r, const float *out, const float *weights,
-                               const int32_t *experts, const T *bias, T *y, const MoeShape &shape) {
-    for (int64_t d = 0; d < shape.D; d += VL) {
-        const int64_t n = shape.D - d;
-        vf sum = {};
-        for (int64_t j = 0; j < shape.k; j++) {
-            const int64_t slot = s.place[r * shape.k + j];
-            if (slot < 0) continue;
-            vf v = load(out + (d / PANEL * s.slots + slot) * PANEL + d % PANEL);
-            if (bias) v += load_n(bias + experts[r * shape.k + j] * shape.D + d, n);
-            sum = fma(v, splat(weights[r * shape.k + j]), sum);
+static INLINE void combine_panel(const Sorted &s, int64_t p, int64_t R, const float *out,
+                                 const float *weights, const int32_t *experts, const T *bias, T *y,
+                                 const MoeShape &shape) {
+    const float *of = out + p * s.slots * PANEL;
+    if (s.past)
+        for (int64_t i = 0; i < s.slots * PANEL; i += 64 / 4) __builtin_prefetch(of + i, 0, 2);
+    for (int64_t i = 0; i < R * shape.k; i += shape.k) {
+        T *row = y + i / shape.k * shape.D;
+        for (int64_t d = p * PANEL; d < min_of(shape.D, (p + 1) * PANEL); d += VL) {
+            const int64_t n = shape.D - d;
+            vf sum = {};
+            for (int64_t j = i; j < i + shape.k; j++) {
+                if (s.place[j] < 0) continue;
+                vf v = load(of + s.place[j] * PANEL + d % PANEL);
+                if (bias) v += load_n(bias + experts[j] * shape.D + d, n);
+                sum = fma(v, splat(weights[j]), sum);
+            }
+            store_n(row + d, sum, n);
         }
-        store_n(y + r * shape.D + d, sum, n);
     }
 }
 
@@ -184,13 +215,17 @@ template <class T> struct MoeScratch {
     Sorted sorted;
     typename Operand<T>::A *x, *act;
     float *hidden, *out;  // [panel][slot][32]: gate and up; down. The same memory.
+    float *c;             // of each thread, [2][slots of an expert][32]
+    int64_t c_size;
 
-    MoeScratch(Carve &carve, const int32_t *experts, int64_t R, const MoeShape &s) {
+    MoeScratch(Carve &carve, const int32_t *experts, int64_t R, const MoeShape &s, int64_t threads) {
         const int64_t slots = R * s.k;
-        sort_slots<T>(sorted, carve, experts, R, s.E, s.k);
+        sort_slots<T>(sorted, carve, experts, R, s);
         x = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.D));
         act = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.F));
         hidden = out = carve.take<float>(slots * div_up(max_of(2 * s.F, s.D), PANEL) * PANEL);
+        c_size = 2 * R * PANEL + 32;
+        c = carve.take<float>(threads * c_size);
     }
 };
 
@@ -198,10 +233,11 @@ template <class T>
 static void moe_rows(T *y, const T *x, const float *weights, const int32_t *experts,
                      const T *gate_up, const T *down, const T *gate_up_bias, const T *down_bias,
                      int64_t R, const MoeShape &shape) {
+    const int64_t threads = threads_for(R * shape.k * shape.D * shape.F * 3);
     Carve measure{nullptr};
-    MoeScratch<T>(measure, experts, R, shape);
+    MoeScratch<T>(measure, experts, R, shape, threads);
     Carve carve{scratch(measure.used)};
-    MoeScratch<T> w(carve, experts, R, shape);
+    MoeScratch<T> w(carve, experts, R, shape, threads);
     const Sorted &s = w.sorted;
 
     for (int64_t t = 0; t < s.tiles; t++) {
@@ -209,16 +245,24 @@ static void moe_rows(T *y, const T *x, const float *weights, const int32_t *expe
         pack_rows<T>(w.x + slot * row_size<T>(shape.D), s.tile_rows[t], shape.D,
                      [&](int64_t i) { return x + s.row[slot + i] * shape.D; });
     }
-    region(threads_for(s.slots * shape.D * shape.F * 3), [&](Team &team) {
-        gate_and_up<T>(team, s, w.x, gate_up, gate_up_bias, w.hidden, w.act, shape);
+    region(threads, [&](Team &team) {
+        float *c = w.c + team.rank() * w.c_size;
+        gate_and_up<T>(team, s, w.x, gate_up, gate_up_bias, c, w.hidden, w.act, shape);
+        end_stream();
         team.barrier();
         const Panels<T> panels{s, down, div_up(shape.D, PANEL), panel_size<T>(shape.F)};
         each_panel(team, 2, s, panels.count, [&](int64_t e, int64_t p) {
-            expert_panel<T>(s, e, p, w.act, panels.at(e, p), panels.at(e, p + 1), shape.F, w.out);
+            expert_panel<T>(s, e, w.act, panels.at(e, p), panels.at(e, p + 1), shape.F, c);
+            const int64_t first = s.first[e], rows = s.first[e + 1] - first;
+            float *to = w.out + (p * s.slots + first) * PANEL;
+            for (int64_t i = 0; i < rows * PANEL; i += VL) put(to + i, load(c + i), s.past);
+        });
+        end_stream();
+        team.barrier();
+        team.loop(3, panels.count, 1, [&](int64_t p, int64_t) {
+            combine_panel<T>(s, p, R, w.out, weights, experts, down_bias, y, shape);
         });
     });
-    for (int64_t r = 0; r < R; r++)
-        combine_row<T>(s, r, w.out, weights, experts, down_bias, y, shape);
 }
 
 template <class T>

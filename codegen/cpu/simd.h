@@ -151,6 +151,32 @@ static INLINE void store(f16 *p, vf v) {
     memcpy(p, &h, sizeof h);
 }
 
+// Into memory, past the caches; p at a multiple of a vector's size in T.
+static INLINE void stream(float *p, vf v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)v);
+#else
+    store(p, v);
+#endif
+}
+static INLINE void stream(bf16 *p, vf v) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256((__m256i *)p, (__m256i)narrow_bf16(v));
+#elif defined(__AVX2__)
+    _mm_stream_si128((__m128i *)p, (__m128i)narrow_bf16(v));
+#else
+    store(p, v);
+#endif
+}
+// What was streamed may be read by other threads behind this and a barrier.
+static INLINE void end_stream() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 template <class T> static INLINE vf load_n(const T *p, int64_t n) {
     if (n >= VL) return load(p);
     T t[VL] = {};
