@@ -10,15 +10,18 @@
 // y = c + bias + residual for m rows of one panel; every one rounded once.
 template <class T>
 static INLINE void finish_linear(int64_t m, const float *c, T *y, const T *bias, const T *residual,
-                                 int64_t N, int64_t column) {
-    for (int64_t j = 0; j < PANEL && column + j < N; j += VL) {
-        int64_t n = N - column - j;
-        vf b = bias ? load_n(bias + column + j, n) : vf{};
-        for (int64_t i = 0; i < m; i++) {
-            vf v = load(c + i * PANEL + j);
-            if (bias) v += b;
-            if (residual) v += load_n(residual + i * N + column + j, n);
-            store_n(y + i * N + column + j, v, n);
+                                 int64_t N, int64_t column, bool past) {
+    const int64_t end = min_of(N, column + PANEL);
+    for (int64_t i = 0; i < m; i++) {
+        for (int64_t j = column; j < end; j += VL) {
+            const int64_t n = end - j;
+            vf v = load(c + i * PANEL + j - column);
+            if (bias) v += load_n(bias + j, n);
+            if (residual) v += load_n(residual + i * N + j, n);
+            if (n < VL)
+                store_n(y + i * N + j, v, n);
+            else
+                put(y + i * N + j, v, past);
         }
     }
 }
@@ -33,6 +36,7 @@ static void linear(T *y, const T *x, const T *w, const T *bias, const T *residua
     const int64_t MR = Operand<T>::MR;
     const int64_t block = max_of(4 * MR, (3 << 19) / max_of(row_bytes, 1) / MR * MR);
     const int64_t panels = div_up(N, PANEL), size = panel_size<T>(K);
+    const bool past = N * K * int64_t(sizeof(T)) > CACHE && can_stream(y, N);
 
     for (int64_t r0 = 0; r0 < R; r0 += block) {
         const Tiling tiles = tiles_of<T>(min_of(block, R - r0));
@@ -61,9 +65,10 @@ static void linear(T *y, const T *x, const T *w, const T *bias, const T *residua
                     gemm_panel<T>(tiles, t0, t1, a, panel, p + 1 < panels ? panel + size : nullptr, K, c);
                     const int64_t row = tiles.first(t0), m = tiles.first(t1) - row;
                     finish_linear(m, c + row * PANEL, y + (r0 + row) * N, bias,
-                                  residual ? residual + (r0 + row) * N : nullptr, N, p * PANEL);
+                                  residual ? residual + (r0 + row) * N : nullptr, N, p * PANEL, past);
                 }
             });
+            end_stream();
         });
     }
 }

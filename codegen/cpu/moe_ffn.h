@@ -33,8 +33,6 @@ struct MoeShape {
     int64_t D, F, E, k, activation;
 };
 
-enum : int64_t { CACHE = 4 << 20 };  // bytes that stay near a core, at most
-
 // The slots of some rows by expert.  Tiles are numbered through all experts.
 struct Sorted {
     int64_t slots, touched, tiles;
@@ -99,16 +97,6 @@ static INLINE void expert_panel(const Sorted &s, int64_t e, const typename Opera
     const int64_t slot = s.first[e];
     gemm_panel<T>(tiles_of<T>(s.first[e + 1] - slot), 0, s.first_tile[e + 1] - s.first_tile[e],
                   a + slot * row_size<T>(K), panel, next, K, c);
-}
-
-// PAST the caches or not: where more weights go through than a cache holds, a line written has left it by its next
-// use, and to fetch it for writing holds up the stream of weights for as long as 14 lines of it take (Granite
-// Rapids: 14.4 GB/s with plain stores, 17.0 so; asking for the lines early, or large pages, gave nothing).
-template <class T> static INLINE void put(T *p, vf v, bool past) {
-    if (past)
-        stream(p, v);
-    else
-        store(p, v);
 }
 
 // body(e, p) for each touched expert and each of `per` panels.

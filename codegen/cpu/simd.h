@@ -151,32 +151,6 @@ static INLINE void store(f16 *p, vf v) {
     memcpy(p, &h, sizeof h);
 }
 
-// Into memory, past the caches; p at a multiple of a vector's size in T.
-static INLINE void stream(float *p, vf v) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(p, (__m512)v);
-#elif defined(__AVX2__)
-    _mm256_stream_ps(p, (__m256)v);
-#else
-    store(p, v);
-#endif
-}
-static INLINE void stream(bf16 *p, vf v) {
-#if defined(__AVX512F__)
-    _mm256_stream_si256((__m256i *)p, (__m256i)narrow_bf16(v));
-#elif defined(__AVX2__)
-    _mm_stream_si128((__m128i *)p, (__m128i)narrow_bf16(v));
-#else
-    store(p, v);
-#endif
-}
-// What was streamed may be read by other threads behind this and a barrier.
-static INLINE void end_stream() {
-#if defined(__AVX2__)
-    _mm_sfence();
-#endif
-}
-
 template <class T> static INLINE vf load_n(const T *p, int64_t n) {
     if (n >= VL) return load(p);
     T t[VL] = {};
@@ -198,6 +172,54 @@ template <class T> static INLINE vf rounded(vf v) {
 template <> INLINE vf rounded<float>(vf v) { return v; }
 template <> INLINE vf rounded<bf16>(vf v) { return widen_bf16(narrow_bf16(v)); }
 template <> INLINE vf rounded<f16>(vf v) { return widen_f16(narrow_f16(v)); }
+
+// ---- stores past the caches, for what a kernel writes while weights stream in
+//
+// Where more weights go through than a core's cache holds, a line written has left it by its next use, and to
+// fetch it for writing holds up the weights for as long as 14 lines of them take (Granite Rapids, moe_ffn: 14.4
+// GB/s with plain stores, 17.0 so; to ask for the lines early, or large pages, gave nothing).
+
+enum : int64_t { CACHE = 1 << 20 };  // bytes of weights in one launch, above which that is so
+
+static INLINE void stream(float *p, vf v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)v);
+#else
+    store(p, v);
+#endif
+}
+static INLINE void stream(vh *p, vh v) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256((__m256i *)p, (__m256i)v);
+#elif defined(__AVX2__)
+    _mm_stream_si128((__m128i *)p, (__m128i)v);
+#else
+    memcpy(p, &v, sizeof v);
+#endif
+}
+static INLINE void stream(bf16 *p, vf v) { stream((vh *)p, narrow_bf16(v)); }
+static INLINE void stream(f16 *p, vf v) { stream((vh *)p, narrow_f16(v)); }
+
+// What was streamed may be read by other threads behind this and a barrier.
+static INLINE void end_stream() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+// Whether rows of `stride` elements from p on may be streamed: every vector stands at a multiple of its size.
+template <class T> static INLINE bool can_stream(const T *p, int64_t stride) {
+    return stride % VL == 0 && reinterpret_cast<uintptr_t>(p) % (VL * sizeof(T)) == 0;
+}
+
+template <class T> static INLINE void put(T *p, vf v, bool past) {
+    if (past)
+        stream(p, v);
+    else
+        store(p, v);
+}
 
 // ---- exp and log, within about one unit in the last place
 
