@@ -95,6 +95,7 @@ static INLINE void copy_step(bf16 *to, const bf16 *b, int64_t lines, const bf16 
     enum : int64_t { LINE = 32 };
     for (int64_t i = 0; i < TILE_K; i++) {
         __builtin_prefetch(ahead + i * LINE, 0, 2);
+        asm volatile("" : : : "memory");
         const __m512i line = i < lines ? _mm512_loadu_si512(b + i * LINE) : _mm512_setzero_si512();
         _mm512_store_si512(to + i * LINE, line);
     }

@@ -68,21 +68,32 @@ static INLINE vf vsqrt(vf x) {
 #endif
 }
 
+// Over all lanes, by halves: the upper with the lower.  (An array of them goes through memory.)
+#if defined(__AVX512F__)
+#define BY_HALVES(v, op)                                                                            \
+    const __m256 upper = _mm256_castsi256_ps(_mm512_extracti64x4_epi64((__m512i)v, 1));             \
+    const __m256 a = _mm256_##op##_ps(upper, _mm512_castps512_ps256((__m512)v));                    \
+    const __m128 b = _mm_##op##_ps(_mm256_extractf128_ps(a, 1), _mm256_castps256_ps128(a));         \
+    const __m128 c = _mm_##op##_ps(_mm_movehl_ps(b, b), b);                                         \
+    return _mm_cvtss_f32(_mm_##op##_ss(_mm_movehdup_ps(c), c))
+static INLINE float hsum(vf v) { BY_HALVES(v, add); }
+static INLINE float hmax(vf v) { BY_HALVES(v, max); }
+#undef BY_HALVES
+#else
+template <class F> static INLINE float by_halves(vf v, F &&f) {
+    float t[VL];
+    memcpy(t, &v, sizeof v);
+    for (int w = VL / 2; w; w /= 2)
+        for (int i = 0; i < w; i++) t[i] = f(t[i + w], t[i]);
+    return t[0];
+}
 static INLINE float hsum(vf v) {
-    float t[VL];
-    memcpy(t, &v, sizeof v);
-    for (int w = VL / 2; w; w /= 2)
-        for (int i = 0; i < w; i++) t[i] += t[i + w];
-    return t[0];
+    return by_halves(v, [](float x, float y) { return x + y; });
 }
-
 static INLINE float hmax(vf v) {
-    float t[VL];
-    memcpy(t, &v, sizeof v);
-    for (int w = VL / 2; w; w /= 2)
-        for (int i = 0; i < w; i++) t[i] = t[i + w] > t[i] ? t[i + w] : t[i];
-    return t[0];
+    return by_halves(v, [](float x, float y) { return x > y ? x : y; });
 }
+#endif
 
 // ---- loads and stores: VL elements, or the first n of them (the rest read as zero)
 

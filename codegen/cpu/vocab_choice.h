@@ -53,7 +53,18 @@ static INLINE vf gumbel(uint32_t key, vi token) {
 
 // ---- what is kept of a block of the vocabulary
 
-enum Field { MAX, SUM, ZSUM, BEST, SECOND, TOKEN, NOISY, NOISY_TOKEN, NOISY_Z, FIELDS };
+enum Field { MAX, SUM, ZSUM, BEST, SECOND, TOKEN, NOISY, NOISY_TOKEN, NOISY_Z };
+
+// Of one row, in a cache line of its own.
+struct alignas(64) Kept {
+    float of[16];
+
+    INLINE int32_t token(Field field) const {
+        int32_t t;
+        memcpy(&t, of + field, 4);
+        return t;
+    }
+};
 
 struct Row {
     int64_t index;  // of C
@@ -83,24 +94,53 @@ struct Peak {
         token = better ? t : token;
         also = better ? a : also;
     }
+    // Where the largest value with the lowest token stands; tokens went by, VL at a time, from a multiple of VL.
     int lane() const {
-        int best = 0;
-        for (int i = 1; i < VL; i++)
-            if (value[i] > value[best] || (value[i] == value[best] && token[i] < token[best])) best = i;
-        return best;
+        const vi of = value == hmax(value) ? token : splat_i(INT32_MAX);
+        int32_t least = INT32_MAX;
+        for (int i = 0; i < VL; i++) least = of[i] < least ? of[i] : least;
+        return least % VL;
     }
 };
 
+// The first of two passes where nothing is masked, nothing outside the vocabulary, and no noise: false where a
+// lane met no number above -inf.
+template <class T>
+static INLINE bool reduce_plain(float *z, int64_t stride, const T *bias, int64_t token0, Peak &best,
+                                vf &second) {
+    vi token = lanes() + int32_t(token0);
+    for (int64_t j = 0; j < BLOCK; j += VL, token += VL) {
+        float *at = z + j / PANEL * stride + j % PANEL;
+        vf v = load(at);
+        if (bias) v += load(bias + token0 + j);
+        v = rounded<T>(v);
+        store(at, v);
+        second = vmax(vmin(best.value, v), second);  // a NaN passes neither
+        const vi better = v > best.value;
+        best.value = better ? v : best.value;
+        best.token = better ? token : best.token;
+    }
+    best.also = best.value;
+    return -hmax(-best.value) > -__builtin_inff();
+}
+
 // z: the block's logits of one row, [panel][rows][32].
 template <class T>
-static void reduce_block(float *z, int64_t stride, const T *bias, int64_t token0, int64_t V,
-                         int64_t mask_id, const Row &row, float *field, int64_t field_stride,
-                         const Asked &asked) {
+static Kept reduce_block(float *z, int64_t stride, const T *bias, int64_t token0, int64_t V,
+                         int64_t mask_id, const Row &row, const Asked &asked) {
     const float low = -__builtin_inff();
     const int64_t count = min_of(BLOCK, V - token0);
     vf top = splat(low), second = top;
     Peak best, noisy;
-    for (int64_t j = 0; j < count; j += VL) {
+    const bool masks = token0 <= mask_id && mask_id < token0 + BLOCK;
+    bool done = false;
+    if (count == BLOCK && !masks && !(row.temperature > 0.0f)) {
+        done = reduce_plain(z, stride, bias, token0, best, second);
+        top = best.value;
+        bias = nullptr;  // is in z by now
+        if (!done) best = Peak(), top = second = splat(low);
+    }
+    for (int64_t j = 0; j < count && !done; j += VL) {
         float *at = z + j / PANEL * stride + j % PANEL;
         vf v = load(at);
         if (bias) v += load_n(bias + token0 + j, count - j);
@@ -130,16 +170,14 @@ static void reduce_block(float *z, int64_t stride, const T *bias, int64_t token0
         sum += e;
         zsum += e == vf{} ? vf{} : e * d;
     }
-    const int lane = best.lane();
-    float runner_up = hmax(second);
-    for (int i = 0; i < VL; i++)
-        if (i != lane && best.value[i] > runner_up) runner_up = best.value[i];
-    const int n = noisy.lane();
-    const float fields[FIELDS] = {
-        peak, hsum(sum), hsum(zsum), best.value[lane], runner_up, 0, noisy.value[n], 0, noisy.also[n]};
-    for (int i = 0; i < FIELDS; i++) field[i * field_stride] = fields[i];
-    memcpy(field + TOKEN * field_stride, (const int32_t *)&best.token + lane, 4);
-    memcpy(field + NOISY_TOKEN * field_stride, (const int32_t *)&noisy.token + n, 4);
+    const int lane = best.lane(), n = row.temperature > 0.0f ? noisy.lane() : 0;
+    const vf others = lanes() == lane ? splat(low) : best.value;
+    const float runner_up = hmax(vmax(others, second));
+    Kept kept = {{peak, hsum(sum), hsum(zsum), best.value[lane], runner_up, 0, noisy.value[n], 0,
+                  noisy.also[n]}};
+    memcpy(kept.of + TOKEN, (const int32_t *)&best.token + lane, 4);
+    memcpy(kept.of + NOISY_TOKEN, (const int32_t *)&noisy.token + n, 4);
+    return kept;
 }
 
 struct Choice {
@@ -151,36 +189,36 @@ struct Choice {
 // Of infinite logits no probability is a number; a policy has to go on all the same.
 static float number(float p) { return p == p ? p : 0.0f; }
 
-static Choice merge_blocks(const float *field, int64_t stride, int64_t blocks, bool noisy,
+// sums: room for 3 * blocks.
+static Choice merge_blocks(const Kept *kept, int64_t blocks, float *sums, bool noisy,
                            int64_t mask_id) {
     const float low = -__builtin_inff();
-    const float *f[FIELDS];
-    for (int i = 0; i < FIELDS; i++) f[i] = field + i * stride;
+    float *tops = sums, *totals = sums + blocks, *weighted = totals + blocks;
     float top = low, best = low, second = low, chosen = low, value = low;
     int32_t token = INT32_MAX;
     for (int64_t b = 0; b < blocks; b++) {
-        top = f[MAX][b] > top ? f[MAX][b] : top;
-        const float v = f[BEST][b];
-        second = f[SECOND][b] > second ? f[SECOND][b] : second;
+        const Kept &f = kept[b];
+        tops[b] = f.of[MAX], totals[b] = f.of[SUM], weighted[b] = f.of[ZSUM];
+        top = f.of[MAX] > top ? f.of[MAX] : top;
+        const float v = f.of[BEST];
+        second = f.of[SECOND] > second ? f.of[SECOND] : second;
         const float lesser = v > best ? best : v;
         second = lesser > second ? lesser : second;
         best = v > best ? v : best;
-        const float w = noisy ? f[NOISY][b] : v;
-        int32_t t;
-        memcpy(&t, f[noisy ? NOISY_TOKEN : TOKEN] + b, 4);
+        const float w = noisy ? f.of[NOISY] : v;
         if (w > value || (w == value && token == INT32_MAX)) {
-            value = w, token = t;
-            chosen = noisy ? f[NOISY_Z][b] : v;
+            value = w, token = f.token(noisy ? NOISY_TOKEN : TOKEN);
+            chosen = noisy ? f.of[NOISY_Z] : v;
         }
     }
     if (token == INT32_MAX) token = mask_id == 0;
     const float shift = top == low ? 0.0f : top;
     vf sum = {}, zsum = {};
     for (int64_t b = 0; b < blocks; b += VL) {
-        const vf m = load_n(f[MAX] + b, blocks - b) - shift, s = load_n(f[SUM] + b, blocks - b);
+        const vf m = load_n(tops + b, blocks - b) - shift, s = load_n(totals + b, blocks - b);
         const vf e = vexp(m);
         sum += e * s;
-        vf z = e * (load_n(f[ZSUM] + b, blocks - b) + m * s);
+        vf z = e * (load_n(weighted + b, blocks - b) + m * s);
         zsum += e == vf{} ? vf{} : z;
     }
     const float total = hsum(sum);
@@ -229,16 +267,17 @@ static void choose_rows(const ChoiceOut &out, const T *x, const T *w, const T *b
     const int64_t D = s.D, V = s.V, size = panel_size<T>(D);
     const int64_t panels = div_up(V, PANEL), blocks = div_up(V, BLOCK), per = BLOCK / PANEL;
     const int64_t threads = threads_for(V * D * max_of(4, count) / 4);
-    const int64_t row_fields = blocks * FIELDS;
+    const bool past = V * D * int64_t(sizeof(T)) > CACHE;
     const Tiling tiles = tiles_of<T>(count);
 
     Carve measure{nullptr};
-    measure.take<A>(count * row_size<T>(D)), measure.take<float>(count * row_fields);
-    measure.take<float>(threads * count * BLOCK);
+    measure.take<A>(count * row_size<T>(D)), measure.take<Kept>(count * blocks);
+    measure.take<float>(threads * max_of(count * BLOCK, 3 * blocks));
     Carve carve{scratch(measure.used)};
     A *a = carve.take<A>(count * row_size<T>(D));
-    float *fields = carve.take<float>(count * row_fields);
-    float *logits = carve.take<float>(threads * count * BLOCK);
+    Kept *kept = carve.take<Kept>(count * blocks);  // [row][block]
+    const int64_t own = max_of(count * BLOCK, 3 * blocks);
+    float *logits = carve.take<float>(threads * own);
 
     for (int64_t t = 0; t < tiles.count; t++) {
         const Row *of = rows + tiles.first(t);
@@ -246,23 +285,28 @@ static void choose_rows(const ChoiceOut &out, const T *x, const T *w, const T *b
                      [&](int64_t i) { return x + of[i].index * D; });
     }
     region(threads, [&](Team &team) {
-        float *z = logits + team.rank() * count * BLOCK;
+        float *z = logits + team.rank() * own;
         team.loop(0, blocks, 1, [&](int64_t b, int64_t) {
             for (int64_t p = b * per; p < min_of(panels, (b + 1) * per); p++)
                 gemm_panel<T>(tiles, 0, tiles.count, a, w + p * size,
                               p + 1 < panels ? w + (p + 1) * size : nullptr, D,
                               z + (p - b * per) * count * PANEL);
-            for (int64_t i = 0; i < count; i++)
-                reduce_block<T>(z + i * PANEL, count * PANEL, bias, b * BLOCK, V, s.mask_id, rows[i],
-                                fields + i * row_fields + b, blocks, asked);
+            for (int64_t i = 0; i < count; i++) {
+                const Kept k = reduce_block<T>(z + i * PANEL, count * PANEL, bias, b * BLOCK, V,
+                                               s.mask_id, rows[i], asked);
+                for (int64_t j = 0; j < 16; j += VL)
+                    put(kept[i * blocks + b].of + j, load(k.of + j), past);
+            }
+        });
+        end_stream();
+        team.barrier();
+        team.loop(1, count, 1, [&](int64_t i, int64_t) {
+            const Choice c =
+                merge_blocks(kept + i * blocks, blocks, z, rows[i].temperature > 0.0f, s.mask_id);
+            out.put(rows[i].index, c);
+            answer(asked, c, rows[i], s.mask_id);
         });
     });
-    for (int64_t i = 0; i < count; i++) {
-        const Choice c = merge_blocks(fields + i * row_fields, blocks, blocks,
-                                      rows[i].temperature > 0.0f, s.mask_id);
-        out.put(rows[i].index, c);
-        answer(asked, c, rows[i], s.mask_id);
-    }
 }
 
 struct Noise {
