@@ -52,6 +52,8 @@ static void attend_chunk(T *o, const T *q, const T *keys, const T *values, int64
                     return (query / heads * s.H + query % heads) * D;
                 }, min_of(PANEL, M - p * PANEL));
     };
+    // In the order of memory: below, a head's part of a row is too short for the machine to foresee what follows.
+    RowsAhead(keys, values, stride, min_of(KEYS, limit), group * D).fetch(INT64_MAX);
     each([&](auto &panel, int64_t head, auto &&at, int64_t live) {
         panel.read(q + head, live, D, s.scale, at);
     });

@@ -131,8 +131,16 @@ struct TileQueries {
         memset(out, 0, size_t(whole_steps(D) * PANEL) * 4);
         memset(sum, 0, size_t(PANEL) * 4);
         for (int64_t i = 0; i < PANEL; i++) best[i] = -__builtin_inff();
-        for (int64_t i = 0; i < live; i++)
-            for (int64_t d = 0; d < D; d++) q[(d / 2 * PANEL + i) * 2 + d % 2] = x[at(i) + d];
+        for (int64_t j = 0; j < live; j += VL)
+            for (int64_t d = 0; d < D; d += 2 * VL) {
+                const __mmask32 inside = D - d < 2 * VL ? (1u << (D - d)) - 1 : ~0u;
+                __m512i words[16] = {};
+                for (int64_t i = 0; i < VL && j + i < live; i++)
+                    words[i] = _mm512_maskz_loadu_epi16(inside, x + at(j + i) + d);
+                turn(words);
+                for (int64_t i = 0; i < VL && d + 2 * i < D; i++)
+                    _mm512_store_si512(q + ((d / 2 + i) * PANEL + j) * 2, words[i]);
+            }
     }
     template <class At> INLINE void write(bf16 *o, int64_t D, bool any, At &&at) const {
         const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
