@@ -42,20 +42,28 @@ static void linear(T *y, const T *x, const T *w, const T *bias, const T *residua
         const Tiling tiles = tiles_of<T>(min_of(block, R - r0));
         // Few panels: the rows are shared out as well.
         const int64_t shares = panels >= 4 * threads ? 1 : min_of(tiles.count, div_up(4 * threads, panels));
-        Carve carve{scratch(tiles.rows * row_bytes + threads * (tiles.rows * PANEL * 4 + 128) + 256)};
-        A *a = carve.take<A>(tiles.rows * row_size<T>(K));
+        // Few rows: every thread copies all, since from another core's cache they would come line by line.  Many
+        // are copied before the region: a barrier would cost more, above all where the cores are busy.
+        const int64_t a_size = tiles.rows * row_size<T>(K), copies = a_size <= OWN_ROWS ? threads : 1;
+        Carve measure{nullptr};
+        measure.take<A>(copies * a_size), measure.take<float>(threads * tiles.rows * PANEL);
+        Carve carve{scratch(measure.used)};
+        A *as = carve.take<A>(copies * a_size);
         float *cs = carve.take<float>(threads * tiles.rows * PANEL);
-
-        // Before the region: a barrier would cost more, above all where the cores are busy.
-        for (int64_t t = 0; t < tiles.count; t++) {
-            const T *rows = x + (r0 + tiles.first(t)) * K;
-            pack_rows<T>(a + tiles.first(t) * row_size<T>(K), tiles.size(t), K,
-                         [&](int64_t i) { return rows + i * K; });
-        }
+        auto pack = [&](A *a) {
+            for (int64_t t = 0; t < tiles.count; t++) {
+                const T *rows = x + (r0 + tiles.first(t)) * K;
+                pack_rows<T>(a + tiles.first(t) * row_size<T>(K), tiles.size(t), K,
+                             [&](int64_t i) { return rows + i * K; });
+            }
+        };
+        if (copies == 1) pack(as);
         region(threads, [&](Team &team) {
             float *c = cs + team.rank() * tiles.rows * PANEL;
+            A *a = copies > 1 ? as + team.rank() * a_size : as;
+            if (copies > 1) pack(a);
             const int64_t items = panels * shares;
-            const int64_t chunk = max_of(1, items / (team.size * 4));
+            const int64_t chunk = max_of(1, items / (team.size * 2));
             team.loop(0, items, team.size == 1 ? items : chunk, [&](int64_t first, int64_t last) {
                 for (int64_t i = first; i < last; i++) {
                     const int64_t p = i / shares, share = i % shares;

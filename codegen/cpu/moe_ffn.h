@@ -44,15 +44,15 @@ struct Sorted {
 };
 
 template <class T>
-static void sort_slots(Sorted &s, Carve &carve, const int32_t *experts, int64_t R,
-                       const MoeShape &shape) {
+static Sorted sort_slots(Carve &carve, const int32_t *experts, int64_t R, const MoeShape &shape) {
     const int64_t E = shape.E, k = shape.k;
+    Sorted s{};
     int64_t *count = carve.take<int64_t>(E + 1);
     s.expert = carve.take<int64_t>(E), s.first = carve.take<int64_t>(E + 1);
     s.first_tile = carve.take<int64_t>(E + 1);
     s.tile_slot = carve.take<int64_t>(R * k), s.tile_rows = carve.take<int64_t>(R * k);
     s.row = carve.take<int64_t>(R * k), s.place = carve.take<int64_t>(R * k);
-    if (!carve.base) return;
+    if (!carve.base) return s;
 
     memset(count, 0, size_t(E + 1) * 8);
     for (int64_t i = 0; i < R * k; i++)
@@ -76,6 +76,7 @@ static void sort_slots(Sorted &s, Carve &carve, const int32_t *experts, int64_t 
         s.place[i] = known ? count[experts[i]]++ : -1;
         if (known) s.row[s.place[i]] = i / k;
     }
+    return s;
 }
 
 // Panels of the touched experts, in the order in which they are multiplied.
@@ -90,14 +91,48 @@ template <class T> struct Panels {
     }
 };
 
-// c[slot of the expert][32] = A[slot] W[e]^T for one panel of one expert.
+// c[slot of the expert][32] = A[slot of the expert] W[e]^T for one panel of one expert.
 template <class T>
 static INLINE void expert_panel(const Sorted &s, int64_t e, const typename Operand<T>::A *a,
                                 const T *panel, const T *next, int64_t K, float *c) {
-    const int64_t slot = s.first[e];
-    gemm_panel<T>(tiles_of<T>(s.first[e + 1] - slot), 0, s.first_tile[e + 1] - s.first_tile[e],
-                  a + slot * row_size<T>(K), panel, next, K, c);
+    gemm_panel<T>(tiles_of<T>(s.first[e + 1] - s.first[e]), 0, s.first_tile[e + 1] - s.first_tile[e],
+                  a, panel, next, K, c);
 }
+
+// The rows that each expert is given, as tiles of A: all of them copied before the region, or, where an expert's
+// are few, by each thread when it comes to the expert, so that they lie near (from another core's cache they would
+// come line by line).
+template <class T> struct ExpertRows {
+    typedef typename Operand<T>::A A;
+    const Sorted *s;
+    const T *x;
+    A *a;
+    int64_t D, R;
+    bool own;
+
+    ExpertRows(Carve &carve, const Sorted &s, const T *x, int64_t R, int64_t k, int64_t D, int64_t threads)
+        : s(&s), x(x), D(D), R(R), own(R * row_size<T>(D) <= OWN_ROWS) {
+        a = carve.take<A>((own ? threads * R : R * k) * row_size<T>(D));
+    }
+    void pack(int64_t e, A *to) const {
+        for (int64_t t = s->first_tile[e]; t < s->first_tile[e + 1]; t++) {
+            const int64_t slot = s->tile_slot[t];
+            pack_rows<T>(to + (slot - s->first[e]) * row_size<T>(D), s->tile_rows[t], D,
+                         [&](int64_t i) { return x + s->row[slot + i] * D; });
+        }
+    }
+    void pack_all() const {
+        for (int64_t e = 0; e < s->touched && !own; e++) pack(e, a + s->first[e] * row_size<T>(D));
+    }
+    // Of expert e; `last` is the one that this thread asked for before.
+    INLINE const A *of(int64_t e, int64_t rank, int64_t &last) const {
+        if (!own) return a + s->first[e] * row_size<T>(D);
+        A *mine = a + rank * R * row_size<T>(D);
+        if (e != last) pack(e, mine);
+        last = e;
+        return mine;
+    }
+};
 
 // body(e, p) for each touched expert and each of `per` panels.
 template <class Body>
@@ -141,19 +176,21 @@ static void activate_columns(const Sorted &s, int64_t e, int64_t f0, int64_t f1,
 }
 
 template <class T>
-static void gate_and_up(Team &team, const Sorted &s, const typename Operand<T>::A *x, const T *w,
+static void gate_and_up(Team &team, const Sorted &s, const ExpertRows<T> &x, const T *w,
                         const T *bias, float *c, float *h, typename Operand<T>::A *act,
                         const MoeShape &shape) {
     const int64_t F = shape.F, D = shape.D;
     const Panels<T> panels{s, w, div_up(2 * F, PANEL), panel_size<T>(D)};
+    int64_t last = -1;
     if (F % PANEL == 0) {
         const int64_t half = F / PANEL;
         each_panel(team, 0, s, half, [&](int64_t e, int64_t p) {
             const int64_t first = s.first[e], rows = s.first[e + 1] - first;
             const T *gate = panels.at(e, p), *up = panels.at(e, half + p);
             const T *next = p + 1 < half ? panels.at(e, p + 1) : panels.at(e + 1, 0);
-            expert_panel<T>(s, e, x, gate, up, D, c);
-            expert_panel<T>(s, e, x, up, next, D, c + rows * PANEL);
+            const auto *a = x.of(e, team.rank(), last);
+            expert_panel<T>(s, e, a, gate, up, D, c);
+            expert_panel<T>(s, e, a, up, next, D, c + rows * PANEL);
             auto at = [&](int64_t slot, int64_t column) {
                 return c + ((column < F ? 0 : rows) + slot - first) * PANEL + column % PANEL;
             };
@@ -162,7 +199,7 @@ static void gate_and_up(Team &team, const Sorted &s, const typename Operand<T>::
         return;
     }
     each_panel(team, 0, s, panels.count, [&](int64_t e, int64_t p) {
-        expert_panel<T>(s, e, x, panels.at(e, p), panels.at(e, p + 1), D,
+        expert_panel<T>(s, e, x.of(e, team.rank(), last), panels.at(e, p), panels.at(e, p + 1), D,
                         h + (p * s.slots + s.first[e]) * PANEL);
     });
     team.barrier();
@@ -201,15 +238,17 @@ static INLINE void combine_panel(const Sorted &s, int64_t p, int64_t R, const fl
 
 template <class T> struct MoeScratch {
     Sorted sorted;
-    typename Operand<T>::A *x, *act;
+    ExpertRows<T> x;
+    typename Operand<T>::A *act;
     float *hidden, *out;  // [panel][slot][32]: gate and up; down. The same memory.
     float *c;             // of each thread, [2][slots of an expert][32]
     int64_t c_size;
 
-    MoeScratch(Carve &carve, const int32_t *experts, int64_t R, const MoeShape &s, int64_t threads) {
+    MoeScratch(Carve &carve, const T *rows, const int32_t *experts, int64_t R, const MoeShape &s,
+               int64_t threads)
+        : sorted(sort_slots<T>(carve, experts, R, s)),
+          x(carve, sorted, rows, R, s.k, s.D, threads) {
         const int64_t slots = R * s.k;
-        sort_slots<T>(sorted, carve, experts, R, s);
-        x = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.D));
         act = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.F));
         hidden = out = carve.take<float>(slots * div_up(max_of(2 * s.F, s.D), PANEL) * PANEL);
         c_size = 2 * R * PANEL + 32;
@@ -223,16 +262,12 @@ static void moe_rows(T *y, const T *x, const float *weights, const int32_t *expe
                      int64_t R, const MoeShape &shape) {
     const int64_t threads = threads_for(R * shape.k * shape.D * shape.F * 3);
     Carve measure{nullptr};
-    MoeScratch<T>(measure, experts, R, shape, threads);
+    MoeScratch<T>(measure, x, experts, R, shape, threads);
     Carve carve{scratch(measure.used)};
-    MoeScratch<T> w(carve, experts, R, shape, threads);
+    MoeScratch<T> w(carve, x, experts, R, shape, threads);
     const Sorted &s = w.sorted;
 
-    for (int64_t t = 0; t < s.tiles; t++) {
-        const int64_t slot = s.tile_slot[t];
-        pack_rows<T>(w.x + slot * row_size<T>(shape.D), s.tile_rows[t], shape.D,
-                     [&](int64_t i) { return x + s.row[slot + i] * shape.D; });
-    }
+    w.x.pack_all();
     region(threads, [&](Team &team) {
         float *c = w.c + team.rank() * w.c_size;
         gate_and_up<T>(team, s, w.x, gate_up, gate_up_bias, c, w.hidden, w.act, shape);
@@ -240,8 +275,9 @@ static void moe_rows(T *y, const T *x, const float *weights, const int32_t *expe
         team.barrier();
         const Panels<T> panels{s, down, div_up(shape.D, PANEL), panel_size<T>(shape.F)};
         each_panel(team, 2, s, panels.count, [&](int64_t e, int64_t p) {
-            expert_panel<T>(s, e, w.act, panels.at(e, p), panels.at(e, p + 1), shape.F, c);
             const int64_t first = s.first[e], rows = s.first[e + 1] - first;
+            const auto *a = w.act + first * row_size<T>(shape.F);
+            expert_panel<T>(s, e, a, panels.at(e, p), panels.at(e, p + 1), shape.F, c);
             float *to = w.out + (p * s.slots + first) * PANEL;
             for (int64_t i = 0; i < rows * PANEL; i += VL) put(to + i, load(c + i), s.past);
         });

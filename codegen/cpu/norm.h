@@ -33,7 +33,7 @@ static INLINE void scale_row(O *y, const T *x, const T *w, int64_t D, float by) 
 
 template <class T>
 static void rms_norm(T *y, const T *x, const T *w, int64_t R, int64_t D, float eps) {
-    parallel_for(R, R * D, [&](int64_t first, int64_t last) {
+    parallel_for(R, R * D * 2 * int64_t(sizeof(T)), [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++)
             scale_row(y + r * D, x + r * D, w, D, inverse_rms(x + r * D, D, eps));
     });
@@ -42,7 +42,7 @@ static void rms_norm(T *y, const T *x, const T *w, int64_t R, int64_t D, float e
 template <class T>
 static void add_rms_norm(T *sum, T *y, const T *x, const T *r, const T *w, int64_t R, int64_t D,
                          float eps) {
-    parallel_for(R, R * D, [&](int64_t first, int64_t last) {
+    parallel_for(R, R * D * 4 * int64_t(sizeof(T)), [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; row++) {
             T *s = sum + row * D;
             for (int64_t i = 0; i < D; i += VL) {
@@ -81,7 +81,7 @@ static void norm_rope_write(T *q_out, T *keys, T *values, const T *qkv, const T 
                             const int64_t *row_seq, const int64_t *row_pos, RopeShape s, float eps) {
     const int64_t D = s.D, width = (s.H + 2 * s.G) * D, padded = (D + 31) & ~int64_t(15);
     float *heads = reinterpret_cast<float *>(scratch(num_threads() * padded * 4));
-    parallel_for(s.R, s.R * width * 2, [&](int64_t first, int64_t last) {
+    parallel_for(s.R, s.R * width * 2 * int64_t(sizeof(T)), [&](int64_t first, int64_t last) {
         float *head = heads + Team::rank() * padded;
         for (int64_t r = first; r < last; r++) {
             const T *from = qkv + r * width;

@@ -31,6 +31,9 @@ template <> struct Operand<bf16> {
 };
 #endif
 
+// Elements of A up to which each thread has its own: half of an L2 cache, at most.
+enum : int64_t { OWN_ROWS = 128 << 10 };
+
 // Elements along K that lie side by side for one column.
 template <class T> static constexpr int64_t pairs() { return 1; }
 template <> constexpr int64_t pairs<bf16>() { return 2; }
