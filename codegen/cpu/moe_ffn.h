@@ -138,8 +138,8 @@ template <class T> struct ExpertRows {
 template <class Body>
 static INLINE void each_panel(Team &team, int phase, const Sorted &s, int64_t per, Body &&body) {
     const int64_t items = s.touched * per;
-    const int64_t chunk = team.size == 1 ? items : max_of(1, min_of(per, items / (team.size * 6)));
-    team.loop(phase, items, chunk, [&](int64_t first, int64_t last) {
+    const int64_t chunk = max_of(1, min_of(per, items / (team.size * 6)));
+    team.loop_uneven(phase, items, chunk, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) body(i / per, i % per);
     });
 }

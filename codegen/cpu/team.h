@@ -39,6 +39,18 @@ struct Team {
             body(first, min_of(first + chunk, n));
         }
     }
+
+    // The same, with smaller chunks toward the end: where items differ, no thread waits long for another.
+    template <class F> void loop_uneven(int phase, int64_t n, int64_t chunk, F &&body) {
+        for (int64_t first = __atomic_load_n(&next[phase], __ATOMIC_RELAXED); first < n;) {
+            const int64_t last = first + max_of(1, min_of(chunk, (n - first) / (2 * size)));
+            if (!__atomic_compare_exchange_n(&next[phase], &first, last, false, __ATOMIC_RELAXED,
+                                             __ATOMIC_RELAXED))
+                continue;
+            body(first, last);
+            first = last;
+        }
+    }
 };
 
 // Rows that the thread's AMX tiles are set for; 0 where they are not in use.  Setting and releasing them for
