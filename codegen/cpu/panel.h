@@ -17,7 +17,7 @@ enum : int64_t { PANEL = 32, KC = 512 };
 // Sapphire Rapids, float32: 5 rows from 13.9 to 14.5 GB/s, 14 rows from 11.6 to 12.5.
 template <class T> struct Operand {
     typedef float A;
-    enum : int64_t { LDA = KC + 16, STEP = 1, UNIT = 1, MR = VL == 16 ? 14 : 6, AHEAD = VL == 16 ? 4096 : 0 };
+    enum : int64_t { LDA = KC + 16, STEP = 1, UNIT = 1, MR = VL == 16 ? 14 : 6, AHEAD = VL == 16 ? 8192 : 0 };
 };
 #if defined(__AMX_BF16__)
 template <> struct Operand<bf16> {
