@@ -1,10 +1,14 @@
-// bf16 panels on AMX tiles: C[m, 32] (+)= A[m, K] B[K, 32] for up to 32 rows.
+// bf16 panels on AMX tiles: C[m, 32] (+)= A[m, K] B[K, 32] for up to 48 rows.
 //
 // A tile is 16 rows of 64 bytes.  A panel of 32 columns, packed in pairs along K, is two B tiles side
 // by side, read where it lies; A gives one tile for each 16 rows:
 //
-//     tmm0 tmm1      tmm4      x   tmm6 tmm7
+//     tmm0 tmm1      tmm4      x   tmm6 tmm7        up to 32 rows
 //     tmm2 tmm3  +=  tmm5
+//
+//     tmm0 tmm1                                     up to 48: one tile for A and one for B, which take turns
+//     tmm2 tmm3  +=  tmm6      x   tmm7             (all tiles are whole, so A is read, and C computed,
+//     tmm4 tmm5                                     for 48 rows)
 //
 // tdpbf16ps takes 32 of K at a time, adds up even and odd products in float32, and treats denormals as
 // zero.  Rows do not meet, and the order along K is the same for any number of them.
@@ -33,23 +37,30 @@ struct Tiles {
     INLINE ~Tiles() { release_tiles(); }
 };
 
-// Tiles 0..3 for C[m, 32], all zero, 4 and 5 for A, 6 and 7 for B; until the region ends.
+// Tiles for C[m, 32], all zero, for A and for B; until the region ends.
 template <int HALVES> static INLINE void set_tiles(int64_t m) {
+    if (HALVES == 3) m = 3 * TILE_ROWS;
     if (tiles_set != m) {
         TileConfig config;
+        for (int i = 0; i < 8; i++) config.tile(i, TILE_ROWS);
         const int64_t rows[2] = {min_of(m, TILE_ROWS), m - TILE_ROWS};
-        for (int h = 0; h < HALVES; h++)
-            config.tile(2 * h, rows[h]), config.tile(2 * h + 1, rows[h]), config.tile(4 + h, rows[h]);
-        config.tile(6, TILE_K / 2), config.tile(7, TILE_K / 2);
+        for (int h = 0; h < 2 && HALVES < 3; h++) {
+            const int64_t n = h < HALVES ? rows[h] : TILE_ROWS;
+            config.tile(2 * h, n), config.tile(2 * h + 1, n), config.tile(4 + h, n);
+        }
         asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
         tiles_set = m;
         return;
     }
     _tile_zero(0);
     _tile_zero(1);
-    if (HALVES == 2) {
+    if (HALVES >= 2) {
         _tile_zero(2);
         _tile_zero(3);
+    }
+    if (HALVES == 3) {
+        _tile_zero(4);
+        _tile_zero(5);
     }
 }
 
@@ -67,15 +78,39 @@ template <int HALVES> static INLINE void store_c(float *c) {
     constexpr int64_t row = 4 * PANEL;
     _tile_stored(0, c, row);
     _tile_stored(1, c + TILE_COLUMNS, row);
-    if (HALVES == 2) {
+    if (HALVES >= 2) {
         _tile_stored(2, c + TILE_ROWS * PANEL, row);
         _tile_stored(3, c + TILE_ROWS * PANEL + TILE_COLUMNS, row);
     }
+}
+// The last `rows` of 33 to 48.
+static INLINE void store_third(float *c, int64_t rows) {
+    alignas(64) float all[TILE_ROWS * PANEL];
+    _tile_stored(4, all, 4 * PANEL);
+    _tile_stored(5, all + TILE_COLUMNS, 4 * PANEL);
+    asm volatile("" : : : "memory");
+    for (int64_t i = 0; i < rows * PANEL; i += VL) store(c + i, load(all + i));
 }
 
 // A step of 32 along K: HALVES tiles of rows, `lda` elements apart, against a panel's two tiles of columns.
 template <int HALVES> static INLINE void tile_step(const bf16 *a, int64_t lda, const bf16 *b) {
     constexpr int64_t row = 4 * PANEL;
+    if (HALVES == 3) {
+        _tile_loadd(7, b, row);
+        _tile_loadd(6, a, 2 * lda);
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_loadd(6, a + TILE_ROWS * lda, 2 * lda);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_loadd(6, a + 2 * TILE_ROWS * lda, 2 * lda);
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_loadd(7, b + 2 * TILE_COLUMNS, row);
+        _tile_dpbf16ps(5, 6, 7);
+        _tile_loadd(6, a, 2 * lda);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_loadd(6, a + TILE_ROWS * lda, 2 * lda);
+        _tile_dpbf16ps(3, 6, 7);
+        return;
+    }
     _tile_loadd(6, b, row);
     _tile_loadd(4, a, 2 * lda);
     _tile_dpbf16ps(0, 4, 6);
@@ -134,6 +169,7 @@ static __attribute__((noinline)) void tile_gemm(int64_t m, const bf16 *a, const 
         }
     }
     store_c<HALVES>(c);
+    if (HALVES == 3) store_third(c + 2 * TILE_ROWS * PANEL, m - 2 * TILE_ROWS);
 }
 
 #endif

@@ -173,7 +173,9 @@ static inline void gemm_panel(const Tiling &tiles, int64_t first, int64_t last,
 template <bool COPIES>
 static inline void tile_gemm(int64_t m, const bf16 *a, const bf16 *panel, int64_t K, float *c,
                              const bf16 *next) {
-    if (m > TILE_ROWS)
+    if (m > 2 * TILE_ROWS)
+        tile_gemm<3, COPIES>(m, a, panel, K, c, next);
+    else if (m > TILE_ROWS)
         tile_gemm<2, COPIES>(m, a, panel, K, c, next);
     else
         tile_gemm<1, COPIES>(m, a, panel, K, c, next);

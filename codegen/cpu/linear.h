@@ -44,7 +44,7 @@ static void linear(T *y, const T *x, const T *w, const T *bias, const T *residua
         const int64_t shares = panels >= 4 * threads ? 1 : min_of(tiles.count, div_up(4 * threads, panels));
         // Few rows: every thread copies all, since from another core's cache they would come line by line.  Many
         // are copied before the region: a barrier would cost more, above all where the cores are busy.
-        const int64_t a_size = tiles.rows * row_size<T>(K), copies = a_size <= OWN_ROWS ? threads : 1;
+        const int64_t a_size = rows_size<T>(tiles.rows, K), copies = a_size <= OWN_ROWS ? threads : 1;
         Carve measure{nullptr};
         measure.take<A>(copies * a_size), measure.take<float>(threads * tiles.rows * PANEL);
         Carve carve{scratch(measure.used)};

@@ -112,7 +112,7 @@ template <class T> struct ExpertRows {
 
     ExpertRows(Carve &carve, const Sorted &s, const T *x, int64_t R, int64_t k, int64_t D, int64_t threads)
         : s(&s), x(x), D(D), R(R), own(R * row_size<T>(D) <= OWN_ROWS) {
-        a = carve.take<A>((own ? threads * R : R * k) * row_size<T>(D));
+        a = carve.take<A>(own ? threads * rows_size<T>(R, D) : rows_size<T>(R * k, D));
     }
     void pack(int64_t e, A *to) const {
         for (int64_t t = s->first_tile[e]; t < s->first_tile[e + 1]; t++) {
@@ -127,7 +127,7 @@ template <class T> struct ExpertRows {
     // Of expert e; `last` is the one that this thread asked for before.
     INLINE const A *of(int64_t e, int64_t rank, int64_t &last) const {
         if (!own) return a + s->first[e] * row_size<T>(D);
-        A *mine = a + rank * R * row_size<T>(D);
+        A *mine = a + rank * rows_size<T>(R, D);
         if (e != last) pack(e, mine);
         last = e;
         return mine;
@@ -249,7 +249,7 @@ template <class T> struct MoeScratch {
         : sorted(sort_slots<T>(carve, experts, R, s)),
           x(carve, sorted, rows, R, s.k, s.D, threads) {
         const int64_t slots = R * s.k;
-        act = carve.take<typename Operand<T>::A>(slots * row_size<T>(s.F));
+        act = carve.take<typename Operand<T>::A>(rows_size<T>(slots, s.F));
         hidden = out = carve.take<float>(slots * div_up(max_of(2 * s.F, s.D), PANEL) * PANEL);
         c_size = 2 * R * PANEL + 32;
         c = carve.take<float>(threads * c_size);

@@ -22,7 +22,7 @@ template <class T> struct Operand {
 #if defined(__AMX_BF16__)
 template <> struct Operand<bf16> {
     typedef bf16 A;
-    enum : int64_t { LDA = KC + 32, STEP = 32, UNIT = 16, MR = 32, AHEAD = 0 };
+    enum : int64_t { LDA = KC + 32, STEP = 32, UNIT = 16, MR = 48, AHEAD = 0 };
 };
 #elif defined(__AVX512BF16__)
 template <> struct Operand<bf16> {
@@ -48,6 +48,10 @@ template <class T> static inline int64_t packed_size(int64_t N, int64_t K) {
 // Elements of A for one row.
 template <class T> static inline int64_t row_size(int64_t K) {
     return div_up(K, KC) * Operand<T>::LDA;
+}
+// Elements of A for so many rows.  Behind the last one some may be read whose products are not kept.
+template <class T> static inline int64_t rows_size(int64_t rows, int64_t K) {
+    return rows * row_size<T>(K) + (Operand<T>::UNIT - 1) * Operand<T>::LDA;
 }
 
 // ---- tiles of rows: as equal as can be

@@ -87,10 +87,10 @@ static void soft_embed_rows(T *y, const T *x, const T *w, const T *bias, const T
     const Tiling tiles = tiles_of<T>(count);
 
     Carve measure{nullptr};
-    measure.take<A>(count * row_size<T>(D)), measure.take<float>(shares * count * E);
+    measure.take<A>(rows_size<T>(count, D)), measure.take<float>(shares * count * E);
     measure.take<float>(2 * shares * count), measure.take<float>(threads * count * (SOFT_BLOCK + 1));
     Carve carve{scratch(measure.used)};
-    A *a = carve.take<A>(count * row_size<T>(D));
+    A *a = carve.take<A>(rows_size<T>(count, D));
     float *mixes = carve.take<float>(shares * count * E);
     float *peaks = carve.take<float>(2 * shares * count), *sums = peaks + shares * count;
     float *buffers = carve.take<float>(threads * count * (SOFT_BLOCK + 1));

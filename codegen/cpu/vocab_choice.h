@@ -271,10 +271,10 @@ static void choose_rows(const ChoiceOut &out, const T *x, const T *w, const T *b
     const Tiling tiles = tiles_of<T>(count);
 
     Carve measure{nullptr};
-    measure.take<A>(count * row_size<T>(D)), measure.take<Kept>(count * blocks);
+    measure.take<A>(rows_size<T>(count, D)), measure.take<Kept>(count * blocks);
     measure.take<float>(threads * max_of(count * BLOCK, 3 * blocks));
     Carve carve{scratch(measure.used)};
-    A *a = carve.take<A>(count * row_size<T>(D));
+    A *a = carve.take<A>(rows_size<T>(count, D));
     Kept *kept = carve.take<Kept>(count * blocks);  // [row][block]
     const int64_t own = max_of(count * BLOCK, 3 * blocks);
     float *logits = carve.take<float>(threads * own);
