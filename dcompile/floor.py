@@ -6,9 +6,7 @@ and add (`codegen/cpu/probe.h`).  What stays in a cache is not counted: activati
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ import torch
 from dcompile.codegen.cpu.build import build, library_headers, runnable
 from dcompile.errors import BuildError
 from dcompile.ir.sizes import evaluate
+from dcompile.runtime import pages
 from dcompile.runtime.backend import Backend
 from dcompile.runtime.processor import cpu_flags
 from dcompile.runtime.state import Binding
@@ -89,14 +88,7 @@ def _weights() -> torch.Tensor:
     """
     wanted = min(max(_BUFFER, 3 * last_cache()), max(_BUFFER, _free_memory() // 4))
     size = -(-wanted // _PIECE) * _PIECE
-    try:
-        memory = mmap.mmap(-1, size)
-    except OSError as error:
-        raise MemoryError(f"{size} bytes to measure the machine's bandwidth with") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
+    return torch.from_numpy(pages.zeros(size)).fill_(1)
 
 
 def _free_memory() -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 from pathlib import Path
 
 from dcompile.errors import ArtifactError
+from dcompile.runtime.pages import ask_for_large
 from dcompile.untrusted import stored_members
 
 MANIFEST = "manifest.json"
@@ -91,9 +91,5 @@ def map_file(path: Path) -> memoryview:
     except OSError as error:
         what = f"the artifact cannot be read: {error.strerror or error}"
         raise ArtifactError(what, where=str(path)) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Weights are one long stream: with pages of 4 KiB it waits for address translation (14.0 of 17.2
-        # GB/s on Granite Rapids).  Still the shared page cache; a file system that has no large pages says no.
-        with contextlib.suppress(OSError):
-            found.madvise(mmap.MADV_HUGEPAGE)
+    ask_for_large(found)  # weights are one long stream; this is still the shared page cache
     return memoryview(found)

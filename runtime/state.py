@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from dcompile.errors import ArtifactError
-from dcompile.runtime import weights
+from dcompile.runtime import pages, weights
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.plan import Buffer, Plan
 from dcompile.runtime.weights import ALIGN, DTYPES
@@ -173,7 +173,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Te
     """Zeros that take memory only once they are written to: a plan may ask for more than it uses."""
     size = prod(shape) * dtype.itemsize
     try:
-        held = np.zeros(size + ALIGN, dtype=np.uint8)
+        held = pages.zeros(size + ALIGN)
     except (MemoryError, ValueError) as error:
         remedy = "compile with a smaller --max-length or --batch"
         raise ArtifactError(

@@ -7,6 +7,7 @@
 #include <omp.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "abi.h"
 #include "simd.h"
@@ -114,9 +115,13 @@ static inline char *scratch(size_t bytes) {
     }
     if (s->size < bytes) {
         free(s->memory);
-        s->size = (bytes + bytes / 4 + 4095) & ~size_t(4095);
-        s->memory = static_cast<char *>(aligned_alloc(4096, s->size));
+        const size_t page = bytes < (512 << 10) ? 4096 : 2 << 20;
+        s->size = (bytes + bytes / 4 + page - 1) & ~(page - 1);
+        s->memory = static_cast<char *>(aligned_alloc(page, s->size));
         if (!s->memory) abort();
+#ifdef MADV_HUGEPAGE
+        if (page > 4096) madvise(s->memory, s->size, MADV_HUGEPAGE);  // as in runtime/pages.py
+#endif
     }
     return s->memory;
 }
