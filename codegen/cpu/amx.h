@@ -137,9 +137,9 @@ static INLINE void copy_step(bf16 *to, const bf16 *b, int64_t lines, const bf16 
     asm volatile("" : : : "memory");  // a load of tiles does not say that it reads
 }
 
-// Where to ask for weights: 8 KB further on, at first in this panel, then in the one that comes next.
+// Where to ask for weights: a page of 4 KB further on, at first in this panel, then in the one that comes next.
 struct Ahead {
-    enum : int64_t { DISTANCE = 4096 };
+    enum : int64_t { DISTANCE = 2048 };
     const bf16 *at, *end, *next;
 
     Ahead(const bf16 *panel, int64_t size, const bf16 *next)
@@ -155,13 +155,13 @@ struct Ahead {
 template <int HALVES, bool COPIES>
 static __attribute__((noinline)) void tile_gemm(int64_t m, const bf16 *a, const bf16 *b, int64_t K,
                                                 float *c, const bf16 *next) {
-    alignas(64) bf16 copies[4][TILE_K * PANEL];
+    alignas(64) bf16 copies[2][TILE_K * PANEL];
     Ahead ahead(b, padded_k<bf16>(K) * PANEL, next);
     set_tiles<HALVES>(m);
     for (int64_t k0 = 0; k0 < K; k0 += KC, a += m * Operand<bf16>::LDA) {
         const int64_t kc = min_of(KC, K - k0);
         for (int64_t k = 0; k < kc; k += TILE_K, b += TILE_K * PANEL) {
-            bf16 *copy = copies[k / TILE_K % 4];
+            bf16 *copy = copies[k / TILE_K % 2];
             const bool whole = k + TILE_K <= kc;
             if (COPIES || !whole)
                 copy_step(copy, b, whole ? TILE_K : padded_k<bf16>(kc - k), COPIES ? ahead.step() : b);

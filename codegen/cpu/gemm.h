@@ -184,6 +184,7 @@ static inline void tile_gemm(int64_t m, const bf16 *a, const bf16 *panel, int64_
 template <>
 inline void gemm_panel<bf16>(const Tiling &tiles, int64_t first, int64_t last, const bf16 *a,
                              const bf16 *panel, const bf16 *next, int64_t K, float *c) {
+    if (tiles.count == 1) return tile_gemm<true>(tiles.rows, a, panel, K, c, next);
     for (int64_t t = first; t < last; t++) {
         const bf16 *rows = a + tiles.first(t) * row_size<bf16>(K);
         float *to = c + tiles.first(t) * PANEL;
