@@ -140,7 +140,11 @@ static INLINE void each_panel(Team &team, int phase, const Sorted &s, int64_t pe
     const int64_t items = s.touched * per;
     const int64_t chunk = max_of(1, min_of(per, items / (team.size * 6)));
     team.loop_uneven(phase, items, chunk, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) body(i / per, i % per);
+        int64_t e = first / per, p = first % per;
+        for (int64_t i = first; i < last; i++) {
+            body(e, p);
+            if (++p == per) p = 0, e++;
+        }
     });
 }
 
