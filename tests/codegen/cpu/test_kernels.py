@@ -209,6 +209,22 @@ def test_linear_any_shape(best: Library, R: int, N: int, K: int, t: str) -> None
     assert_close(run_linear(best, t, x, w, None, None), product, CLOSE[t], terms)
 
 
+# Weights of over a MiB: what is written goes past the caches, where the output's rows let it.
+@pytest.mark.parametrize("t", TYPES)
+@pytest.mark.parametrize("R, N", [(1, 1088), (33, 1088), (48, 1090), (49, 1088), (70, 1104)])
+def test_linear_of_large_weights(lib: Library, t: str, R: int, N: int) -> None:
+    K = 520
+    x, w, bias, residual = rand(R, K, t=t), rand(N, K, t=t), rand(N, t=t), rand(R, N, t=t)
+    terms = x.double().abs() @ w.double().abs().T + bias.double().abs() + residual.double().abs()
+    wanted = x.double() @ w.double().T + bias.double() + residual.double()
+    aligned = run_linear(lib, t, x, w, bias, residual)
+    assert_close(aligned, wanted, CLOSE[t], terms)
+    elsewhere = torch.full((R * N + 1,), math.nan, dtype=TYPES[t])[1:].view(R, N)
+    packed = guarded(pack.pack_linear(w))
+    lib.call(f"linear_{t}", elsewhere, x, packed, bias, residual, R, N, K)
+    assert torch.equal(elsewhere, aligned)
+
+
 def test_linear_of_no_rows(lib: Library) -> None:
     assert run_linear(lib, "f32", torch.empty(0, 8), torch.ones(4, 8), None, None).shape == (0, 4)
 
@@ -368,6 +384,8 @@ def choose(R: int, E: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         (7, 70, 33, 4, 4),
         (90, 40, 32, 5, 1),
         (3, 520, 516, 16, 2),
+        (44, 264, 160, 6, 3),  # over a MiB of weights
+        (130, 96, 70, 30, 4),
     ],
 )
 def test_moe_ffn(lib: Library, t: str, R: int, D: int, width: int, E: int, k: int) -> None:
@@ -655,13 +673,35 @@ def test_vocab_choice_with_equal_infinite_and_nan_logits(lib: Library) -> None:
     assert token.tolist() == [1, 1, 1, 1]
 
 
+def test_vocab_choice_with_bad_logits_far_from_the_mask(lib: Library) -> None:
+    w = torch.randn(2000)
+    w[300:500] = math.nan
+    w[512:768] = -math.inf
+    w[[1030, 1500]] = 9.0
+    inf = w.clone()
+    inf[1800] = math.inf
+    worst = torch.full((2000,), -math.inf)
+    for z, best_token in ((w, 1030), (inf, 1800), (worst, 1)):
+        token, *_ = Choices.run(lib, "f32", torch.ones(1, 1), z[:, None].contiguous(), None, 0)
+        assert token.item() == best_token
+    z = w.clone()
+    z[300:500] = 0.0
+    _, confidence, margin, entropy = Choices.run(
+        lib, "f32", torch.ones(1, 1), z[:, None].contiguous(), None, 0
+    )
+    p = z.double().softmax(0)
+    assert_close(confidence, p[1030][None], 2e-6)
+    assert margin.item() == 0
+    assert abs(entropy.item() + torch.special.xlogy(p, p).sum().item()) < 2e-5
+
+
 # ---- rows do not see one another, nor the number of threads
 
 
 @pytest.mark.parametrize("t", TYPES)
 def test_rows_are_invariant(lib: Library, t: str) -> None:
-    R, D, V, E, k = 61, 160, 700, 8, 3
-    x, w, layer = rand(R, D, t=t), rand(V, D, t=t), Experts(E, D, 80, t)
+    R, D, V, E, k = 61, 320, 2080, 8, 3
+    x, w, layer = rand(R, D, t=t), rand(V, D, t=t), Experts(E, D, 128, t)
     weights, experts = choose(R, E, k)
     q, keys, values = rand(R, 4, 40, t=t), rand(2, 150, 2, 40, t=t), rand(2, 150, 2, 40, t=t)
     seq, limit = torch.arange(R) // 31, torch.where(torch.arange(R) < 50, 131, 150)
@@ -688,6 +728,7 @@ def test_rows_are_invariant(lib: Library, t: str) -> None:
         torch.tensor([60]),
         torch.tensor([5, 33, 34, 59]),
         torch.arange(30, 47),
+        torch.arange(7, 50),
     ):
         for got, want in zip(everything(rows), whole, strict=True):
             assert torch.equal(got, want[rows])
