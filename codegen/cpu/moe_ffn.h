@@ -2,10 +2,11 @@
 //          expert(e, x) = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd, hidden width F
 //
 // gate_up is packed [E, 2F, D], gate rows first; down is packed [E, D, F].  The (row, j) pairs,
-// slots, are sorted by expert, so that each expert that any row chose is read once; then two
-// phases, each shared out over all experts' panels: gate and up with the activation, and down.
-// (Where F is no multiple of 32, gate and up columns do not pair by panel, and the activation is a
-// phase of its own.)  The slots of a row are added up in the order of j, whatever else runs.
+// slots, are sorted by expert, so that each expert that any row chose is read once; then three
+// phases: gate and up with the activation, and down, each shared out over all experts' panels, and
+// the sums, shared out over the columns.  (Where F is no multiple of 32, gate and up columns do not
+// pair by panel, and the activation is a phase of its own.)  The slots of a row are added up in the
+// order of j, whatever else runs.
 #pragma once
 
 #include "moe_slots.h"
