@@ -26,16 +26,15 @@ step="bench/step.py --keep $keep --rounds 9"
 table step_mid_bfloat16_1 180 $step --windows 32 8 64 --threads 1
 table llamacpp 180 bench/llamacpp.py --keep "$llama" --rounds 3
 table step_mid_bfloat16_2 180 $step --windows 32 8 64 --threads 2
-table step_mid_float32_1 150 $step --windows 32 --threads 1 --dtypes float32
-table step_wide_bfloat16_1 180 $step --model wide --windows 32 --threads 1
-table moe 180 bench/moe.py --count 16 --rounds 2
-table step_mid_float32_1_others 150 $step --windows 8 64 --threads 1 --dtypes float32 --against eager
+table step_mid_float32_1 240 $step --windows 32 8 64 --threads 1 --dtypes float32
+table step_mid_float32_2 240 $step --windows 32 8 64 --threads 2 --dtypes float32
+table step_wide_bfloat16_1 240 $step --model wide --windows 32 8 64 --threads 1
+table step_wide_bfloat16_2 240 $step --model wide --windows 32 8 64 --threads 2
 table kernels_moe 60 bench/kernels.py --only moe --threads 1 --rows 32 --dtypes bf16 --budget 0.5
+table step_wide_float32_1 240 $step --model wide --windows 32 8 64 --threads 1 --dtypes float32 --against eager
+table step_wide_float32_2 240 $step --model wide --windows 32 8 64 --threads 2 --dtypes float32 --against eager
 table cost 120 bench/cost.py --count 32
-table step_mid_float32_2 150 $step --windows 32 8 64 --threads 2 --dtypes float32 --against eager
-table step_wide_bfloat16_2 120 $step --model wide --windows 32 --threads 2 --against eager
-table step_wide_float32_1 240 $step --model wide --windows 32 --threads 1 --dtypes float32 --against eager
-table step_wide_bfloat16_1_others 150 $step --model wide --windows 8 64 --threads 1 --against eager
 table kernels_attend 60 bench/kernels.py --only attend --threads 1 --rows 8 32 --dtypes bf16 --contexts 192 8192 --budget 0.3
 table floors 150 bench/floors.py --rounds 9
+table moe 180 bench/moe.py --count 16 --rounds 2
 tail -n 8 "$out"/*.txt
