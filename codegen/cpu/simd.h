@@ -188,7 +188,7 @@ template <> INLINE vf rounded<f16>(vf v) { return widen_f16(narrow_f16(v)); }
 //
 // Where more weights go through than a core's cache holds, a line written has left it by its next use, and to
 // fetch it for writing holds up the weights for as long as 14 lines of them take (Granite Rapids, moe_ffn: 14.4
-// GB/s with plain stores, 17.0 so; to ask for the lines early, or large pages, gave nothing).
+// GB/s with plain stores, 17.0 so; to ask for the lines early gave nothing).
 
 enum : int64_t { CACHE = 1 << 20 };  // bytes of weights in one launch, above which that is so
 
