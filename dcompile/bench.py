@@ -17,6 +17,7 @@ from dcompile.floor import LaunchCost, Machine, measure, step_cost, touched_expe
 from dcompile.options import Options, recorded_options
 from dcompile.runtime.backend import Backend
 from dcompile.runtime.loop import Runner
+from dcompile.runtime.pages import share_in_large
 
 Step = Callable[[Mapping[str, Tensor]], object]
 
@@ -60,6 +61,7 @@ class Table:
     rate: float  # GFLOP/s
     experts: float  # touched, mean of the layers that have them
     policy: float  # share of the launches' time that the policy takes
+    large: float | None  # share of the artifact that is mapped in large pages
     context: int
     window: int
     threads: int
@@ -83,6 +85,8 @@ class Table:
             times = f"{p.median / p.floor:9.2f}" if p.floor else f"{'-':>9}"
             lines.append(f"{p.kernel:28}{p.median:9.2f}{p.launches:18}{times}")
         lines.append(f"policy and bookkeeping: {self.policy:.2%} of the launches' time")
+        if self.large is not None:
+            lines.append(f"in large pages: {self.large:.0%} of the artifact")
         return "\n".join(lines) + "\n"
 
     def json(self) -> dict[str, Any]:
@@ -224,6 +228,7 @@ def bench(
         bandwidth=machine.bandwidth / 1e9,
         rate=machine.rate / 1e9,
         experts=statistics.mean(touched.values()) if touched else 0.0,
+        large=share_in_large(artifact),
         context=context,
         window=block,
         threads=threads,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import re
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -40,3 +42,23 @@ def zeros(size: int) -> npt.NDArray[np.uint8]:
     held = np.frombuffer(memory, dtype=np.uint8)
     start = -held.ctypes.data % LARGE
     return held[start : start + size]
+
+
+def share_in_large(path: Path) -> float | None:
+    """How much of what this process maps of a file, or of a folder's files, is mapped by large pages: 0 to 1.
+
+    None where it maps nothing, or where the system does not tell (`/proc/self/smaps`).
+    """
+    size = large = 0
+    of_path = False
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                fields = line.split(maxsplit=5)
+                name = Path(fields[5]) if len(fields) > 5 else Path()
+                of_path = path.absolute() in (name, *name.parents)
+            elif of_path and line.startswith("Size:"):
+                size += int(line.split()[1])
+            elif of_path and line.startswith("FilePmdMapped:"):
+                large += int(line.split()[1])
+    return large / size if size else None
