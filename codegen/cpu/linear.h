@@ -36,7 +36,7 @@ static void linear(T *y, const T *x, const T *w, const T *bias, const T *residua
     const int64_t MR = Operand<T>::MR;
     const int64_t block = max_of(4 * MR, (3 << 19) / max_of(row_bytes, 1) / MR * MR);
     const int64_t panels = div_up(N, PANEL), size = panel_size<T>(K);
-    const bool past = N * K * int64_t(sizeof(T)) > CACHE && can_stream(y, N);
+    const bool past = N * K * int64_t(sizeof(T)) >= CACHE && can_stream(y, N);
 
     for (int64_t r0 = 0; r0 < R; r0 += block) {
         const Tiling tiles = tiles_of<T>(min_of(block, R - r0));

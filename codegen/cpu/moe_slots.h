@@ -44,7 +44,7 @@ static Sorted sort_slots(Carve &carve, const int32_t *experts, int64_t R, const 
         count[e] = s.slots, s.slots += tiles.rows;
     }
     s.first[s.touched] = s.slots, s.first_tile[s.touched] = s.tiles;
-    s.past = s.touched * 3 * shape.D * shape.F * int64_t(sizeof(T)) > CACHE;
+    s.past = s.touched * 3 * shape.D * shape.F * int64_t(sizeof(T)) >= CACHE;
     for (int64_t i = 0; i < R * k; i++) {
         const bool known = experts[i] >= 0 && experts[i] < E;
         s.place[i] = known ? count[experts[i]]++ : -1;

@@ -190,7 +190,7 @@ template <> INLINE vf rounded<f16>(vf v) { return widen_f16(narrow_f16(v)); }
 // fetch it for writing holds up the weights for as long as 14 lines of them take (Granite Rapids, moe_ffn: 14.4
 // GB/s with plain stores, 17.0 so; to ask for the lines early gave nothing).
 
-enum : int64_t { CACHE = 1 << 20 };  // bytes of weights in one launch, above which that is so
+enum : int64_t { CACHE = 2 << 20 };  // bytes of weights in one launch, from which on that is so
 
 static INLINE void stream(float *p, vf v) {
 #if defined(__AVX512F__)

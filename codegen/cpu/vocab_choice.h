@@ -101,7 +101,7 @@ static void choose_rows(const ChoiceOut &out, const T *x, const T *w, const T *b
     const int64_t D = s.D, V = s.V, size = panel_size<T>(D);
     const int64_t panels = div_up(V, PANEL), blocks = div_up(V, BLOCK), per = BLOCK / PANEL;
     const int64_t threads = threads_for(V * D * max_of(4, count) / 4);
-    const bool past = V * D * int64_t(sizeof(T)) > CACHE;
+    const bool past = V * D * int64_t(sizeof(T)) >= CACHE;
     const Tiling tiles = tiles_of<T>(count);
 
     Carve measure{nullptr};
