@@ -432,6 +432,23 @@ def test_moe_ffn_keeps_bad_rows_apart(lib: Library, t: str) -> None:
     assert not y[7].isfinite().all()
 
 
+@pytest.mark.parametrize("t", TYPES)
+def test_odd_widths_see_nothing_of_earlier_scratch(lib: Library, t: str) -> None:
+    """A weight's odd K is padded with a zero, which a NaN left in scratch memory would spoil."""
+    bad = torch.full((40, 520), math.nan, dtype=TYPES[t])
+    x, w, layer = rand(3, 511, t=t), rand(40, 511, t=t), Experts(3, 9, 5, t)
+    rows, chosen = rand(2, 9, t=t), choose(2, 3, 2)
+    wanted = run_linear(lib, t, x, w, None, None).clone()
+    wanted_rows = layer.run(lib, rows, *chosen).clone()
+    for _ in range(2):
+        y = torch.empty(40, 64, dtype=TYPES[t])
+        packed = pack.pack_linear(rand(64, 520, t=t))
+        lib.call(f"linear_{t}", y, bad, packed, None, None, 40, 64, 520)
+        assert torch.equal(run_linear(lib, t, x, w, None, None), wanted)
+        lib.call(f"linear_{t}", y, bad, packed, None, None, 40, 64, 520)
+        assert torch.equal(layer.run(lib, rows, *chosen), wanted_rows)
+
+
 # ---- routing
 
 
