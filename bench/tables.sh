@@ -4,7 +4,8 @@
 #     bench/tables.sh KEEP LLAMA OUT
 #
 # KEEP and LLAMA hold what `step.py --prepare` and `llamacpp.py --prepare` wrote; OUT receives a text and a JSON file
-# for each table.  What is most worth knowing comes first, and no table may take longer than its share.
+# for each table.  Drop the file caches before (as root: echo 3 > /proc/sys/vm/drop_caches), or artifacts may not be
+# mapped in large pages.  What is most worth knowing comes first, and no table may take longer than its share.
 set -u
 keep=$1 llama=$2 out=$3
 python=${PYTHON:-python}
