@@ -16,7 +16,7 @@ from pathlib import Path
 import models
 import torch
 
-from dcompile.bench import prepare, step_inputs
+from dcompile.bench.command import prepare, step_inputs
 from dcompile.driver import compile_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.loop import Runner

@@ -16,7 +16,7 @@ from pathlib import Path
 import models
 import torch
 
-from dcompile.bench import Table, bench
+from dcompile.bench.command import Table, bench
 from dcompile.driver import compile_checkpoint
 from dcompile.options import Options
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcompile.bench.eager import BODIES, BY_HAND
 from dcompile.driver import trace_origin
-from dcompile.eager import BODIES, BY_HAND
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.pipeline import run

@@ -128,7 +128,7 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time one forward of an artifact, beside its rivals and the machine's floor."""
-    from dcompile.bench import bench as bench_artifact
+    from dcompile.bench.command import bench as bench_artifact
 
     rivals = [name.strip() for name in against.split(",") if name.strip()]
     with telling(quiet) as progress:

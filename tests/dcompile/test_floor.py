@@ -10,7 +10,7 @@ import torch
 from checkpoints import write_checkpoint
 from native import Library, pack_args
 
-from dcompile.bench import bench, prepare, step_inputs
+from dcompile.bench.command import bench, prepare, step_inputs
 from dcompile.codegen.cpu import build, pack
 from dcompile.driver import compile_checkpoint
 from dcompile.floor import Cost, Machine, last_cache, measure, step_cost, touched_experts

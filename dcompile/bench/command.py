@@ -268,7 +268,7 @@ def _parts(
 
 
 def _rival(name: str, checkpoint: Path, options: Options) -> tuple[Step, Tensor]:
-    from dcompile.eager import eager_step
+    from dcompile.bench.eager import eager_step
 
     if name == "plain":
         from dcompile.frontends.checkpoint import open_checkpoint
