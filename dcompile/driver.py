@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dcompile.backends import Code, backend_of
-from dcompile.codegen.lower import stored_tensors
+from dcompile.codegen.backends import Code, backend_of
+from dcompile.codegen.cpu.lower import stored_tensors
 from dcompile.codegen.targets import parse_target
 from dcompile.combine import Combination, check_together
 from dcompile.errors import ConfigError, OptionError

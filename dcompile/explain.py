@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from dcompile.backends import Code
+from dcompile.codegen.backends import Code
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.ir.program import Program, Remark
 from dcompile.kernel_table import kernel_table

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from dcompile.backends import lower_cuda
+from dcompile.codegen.backends import lower_cuda
+from dcompile.codegen.cpu.lower import Lowered, lower, stored_tensors
 from dcompile.codegen.launches import Launch, Value
-from dcompile.codegen.lower import Lowered, lower, stored_tensors
 from dcompile.codegen.targets import Target, parse_target
 from dcompile.driver import Origin, Progress, manifest_facts, open_origin, settle, trace_origin
 from dcompile.errors import DeviceError, VerificationError, WrongArchitecture

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dcompile.codegen.lower import lower
+from dcompile.codegen.cpu.lower import lower
 from dcompile.codegen.targets import parse_target
 from dcompile.driver import _of_module as origin_of_module
 from dcompile.driver import compile_module, manifest_facts, settle, trace_origin

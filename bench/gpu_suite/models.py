@@ -12,7 +12,7 @@ import torch
 from checkpoints import SHAPES, make_config
 from torch import Tensor
 
-from dcompile.backends import Code, backend_of
+from dcompile.codegen.backends import Code, backend_of
 from dcompile.driver import Origin, open_origin, settle, trace_origin
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program

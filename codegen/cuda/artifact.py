@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from dcompile.codegen.cuda.families import EMITTED
 from dcompile.codegen.cuda.lower import CudaLowered
+from dcompile.codegen.cuda.select import EMITTED
 from dcompile.codegen.kernels import gate
 from dcompile.codegen.kernels.aot import Compiled, compile_variants, compiler_version
 from dcompile.codegen.kernels.assemble import PACKAGE

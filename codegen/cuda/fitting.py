@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from dcompile.codegen.cuda.families import Site
+from dcompile.codegen.cuda.select import Site
 from dcompile.codegen.kernels import gate
 from dcompile.codegen.kernels.aot import compile_variants
 from dcompile.codegen.kernels.variant import Lowering, Variant

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dcompile.codegen.cuda.families import EMITTED, Site
+from dcompile.codegen.cpu.lower import bind, stored_of
 from dcompile.codegen.cuda.fitting import Refusals, fit
 from dcompile.codegen.cuda.pointwise import FUNCTIONS
 from dcompile.codegen.cuda.schedule import Printed, schedule
+from dcompile.codegen.cuda.select import EMITTED, Site
 from dcompile.codegen.kernels import advance
 from dcompile.codegen.kernels.assemble import PACKAGE
 from dcompile.codegen.kernels.configurations import ARCHITECTURES
 from dcompile.codegen.kernels.variant import Number, Variant
 from dcompile.codegen.launches import Launch
-from dcompile.codegen.lower import bind, stored_of
 from dcompile.ir.program import Program
 
 LOOP_MEMORY = ("finished", "performed", "turn", "limit", "go")  # the runtime's; see docs/design.md

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcompile.codegen.lower import lower
+from dcompile.codegen.cpu.lower import lower
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program, Stage, StepShape

@@ -110,7 +110,7 @@ def test_a_machine_without_triton_is_told_what_to_install(
     def missing() -> str:
         raise BuildError("compiling for CUDA needs Triton", remedy="pip install triton")
 
-    monkeypatch.setattr("dcompile.backends.compiler_version", missing)
+    monkeypatch.setattr("dcompile.codegen.backends.compiler_version", missing)
     assert aot.compiler_version()
     folder = write_checkpoint(tmp_path / "checkpoint", "llada")
     with pytest.raises(BuildError, match="Triton"):

@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from dcompile.codegen.cpu.emit import Group, base, can_emit, emit_group
+from dcompile.codegen.cpu.select import select, strided
 from dcompile.codegen.launches import Launch
-from dcompile.codegen.select import select, strided
 from dcompile.errors import UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.program import Program

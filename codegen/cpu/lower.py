@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from dcompile.codegen.buffers import Buffers, plan_buffers
 from dcompile.codegen.cpu.pack import pack_linear, packed_size
+from dcompile.codegen.cpu.schedule import Schedule, schedule
 from dcompile.codegen.launches import Argument, Float, Int, Launch
-from dcompile.codegen.schedule import Schedule, schedule
 from dcompile.ir.edit import value
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Program, Stage

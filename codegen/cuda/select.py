@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch.fx import Node
 
+from dcompile.codegen.cpu.select import all_outputs, strided
 from dcompile.codegen.cuda.epilogues import Epilogue, find_epilogue, only_reader
 from dcompile.codegen.kernels import (
     attend,
@@ -25,7 +26,6 @@ from dcompile.codegen.kernels import (
 )
 from dcompile.codegen.kernels.variant import Expression, Lowering
 from dcompile.codegen.launches import Value
-from dcompile.codegen.select import all_outputs, strided
 from dcompile.errors import UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.edit import add_weight, fake_mode, value
