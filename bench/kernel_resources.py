@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "suppo
 from checkpoints import SHAPES, make_config, write_tokenizer
 
 from dcompile.codegen.cuda.lower import CudaLowered, lower
-from dcompile.codegen.kernels import gate
-from dcompile.codegen.kernels.aot import Compiled, compile_variants, compiler_version
-from dcompile.codegen.kernels.configurations import ARCHITECTURES
 from dcompile.codegen.targets import parse_target
+from dcompile.codegen.triton import gate
+from dcompile.codegen.triton.aot import Compiled, compile_variants, compiler_version
+from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.driver import open_origin, settle, trace_origin
 from dcompile.options import Options
 from dcompile.pipeline import run

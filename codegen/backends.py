@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dcompile.codegen.cpu.build import ISA_FLAGS, build, build_library, isas, library_sources
 from dcompile.codegen.cpu.lower import Lowered, emitted_sources, lower
-from dcompile.codegen.kernels.aot import compiler_version
 from dcompile.codegen.launches import Launch
 from dcompile.codegen.targets import Target, parse_target
+from dcompile.codegen.triton.aot import compiler_version
 from dcompile.ir.program import Program
 from dcompile.ir.show import show_node
 

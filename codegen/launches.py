@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
-from dcompile.codegen.kernels.variant import Expression, Variant
+from dcompile.codegen.triton.variant import Expression, Variant
 from dcompile.ir.sizes import Size
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dcompile.codegen.kernels.configurations import ARCHITECTURES
+from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.errors import OptionError
 
 # The chips that such models are served on; cubins of sm_80 run on 86 and 89 as well where they fit.

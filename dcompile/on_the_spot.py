@@ -27,8 +27,8 @@ def compile_kernels(artifact: Artifact, arch: int) -> tuple[Mapping[str, Any], M
     Made from the artifact's own table and printed functions and this installation's kernels.  Tiles are
     those of another chip: what spills here is slow, not refused.  Raises BuildError.
     """
-    from dcompile.codegen.kernels.aot import compile_variants
-    from dcompile.codegen.kernels.variant import Variant
+    from dcompile.codegen.triton.aot import compile_variants
+    from dcompile.codegen.triton.variant import Variant
 
     table = {name: dict(entry) for name, entry in table_of(artifact).items()}
     sources = {"emitted": artifact.text(PRINTED)} if PRINTED in artifact.names else {}

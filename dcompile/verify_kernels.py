@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from dcompile.codegen.kernels.aot import compiler_version
 from dcompile.codegen.targets import Target
+from dcompile.codegen.triton.aot import compiler_version
 from dcompile.errors import VerificationError
 from dcompile.runtime.artifact import Artifact
 from dcompile.untrusted import parse_json

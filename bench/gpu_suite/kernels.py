@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dcompile.codegen.kernels.aot import compile_variants
-from dcompile.codegen.kernels.tuned import Shape
-from dcompile.codegen.kernels.variant import Lowering
+from dcompile.codegen.triton.aot import compile_variants
+from dcompile.codegen.triton.tuned import Shape
+from dcompile.codegen.triton.variant import Lowering
 from dcompile.tuning.placed import FLUSH, Placed
 from dcompile.tuning.problems import Problem
 from gpu_suite import choices

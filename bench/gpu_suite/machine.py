@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dcompile.codegen.kernels.aot import Compiled
+from dcompile.codegen.triton.aot import Compiled
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.cuda.device import Device
 from dcompile.runtime.cuda.driver import Driver

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcompile.codegen.kernels import gather, norm_rope_write, norms, route, silu_mul
-from dcompile.codegen.kernels.variant import Lowering
+from dcompile.codegen.triton.variant import Lowering
 
 Tensors = Mapping[str, Tensor]
 R = {"R": 1}

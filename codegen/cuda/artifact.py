@@ -13,11 +13,11 @@ from torch.fx import Node
 
 from dcompile.codegen.cuda.lower import CudaLowered
 from dcompile.codegen.cuda.select import EMITTED
-from dcompile.codegen.kernels import gate
-from dcompile.codegen.kernels.aot import Compiled, compile_variants, compiler_version
-from dcompile.codegen.kernels.assemble import PACKAGE
-from dcompile.codegen.kernels.tuned import recorded
-from dcompile.codegen.kernels.variant import Variant
+from dcompile.codegen.triton import gate
+from dcompile.codegen.triton.aot import Compiled, compile_variants, compiler_version
+from dcompile.codegen.triton.assemble import PACKAGE
+from dcompile.codegen.triton.tuned import recorded
+from dcompile.codegen.triton.variant import Variant
 
 TABLE = "kernels.json"
 SOURCES = "kernels.py"

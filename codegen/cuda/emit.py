@@ -34,7 +34,7 @@ from dcompile.codegen.cuda.tiles import (
     reshaped,
     tile_of,
 )
-from dcompile.codegen.kernels.assemble import power_of_two
+from dcompile.codegen.triton.assemble import power_of_two
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from dcompile.codegen.cuda.select import Site
-from dcompile.codegen.kernels import gate
-from dcompile.codegen.kernels.aot import compile_variants
-from dcompile.codegen.kernels.variant import Lowering, Variant
+from dcompile.codegen.triton import gate
+from dcompile.codegen.triton.aot import compile_variants
+from dcompile.codegen.triton.variant import Lowering, Variant
 
 Refusals = dict[str, list[dict[str, list[str]]]]
 """A kernel's name -> for each choice of tiles that was refused, what the gate said by architecture."""

@@ -12,10 +12,10 @@ from dcompile.codegen.cuda.pointwise import FUNCTIONS
 from dcompile.codegen.cuda.schedule import Printed, schedule
 from dcompile.codegen.cuda.select import EMITTED, Site
 from dcompile.codegen.kernels import advance
-from dcompile.codegen.kernels.assemble import PACKAGE
-from dcompile.codegen.kernels.configurations import ARCHITECTURES
-from dcompile.codegen.kernels.variant import Number, Variant
 from dcompile.codegen.launches import Launch
+from dcompile.codegen.triton.assemble import PACKAGE
+from dcompile.codegen.triton.tiles import ARCHITECTURES
+from dcompile.codegen.triton.variant import Number, Variant
 from dcompile.ir.program import Program
 
 LOOP_MEMORY = ("finished", "performed", "turn", "limit", "go")  # the runtime's; see docs/design.md

@@ -23,7 +23,7 @@ from dcompile.codegen.cuda.tiles import (
     linear,
     reshaped,
 )
-from dcompile.codegen.kernels.assemble import power_of_two
+from dcompile.codegen.triton.assemble import power_of_two
 from dcompile.ir.edit import value
 from dcompile.ir.sizes import shape_of
 

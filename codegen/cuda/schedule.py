@@ -17,7 +17,8 @@ from dcompile.codegen.cuda.pointwise import op_name
 from dcompile.codegen.cuda.ranking import SORTS
 from dcompile.codegen.cuda.select import EMITTED, Families, Site, code_of
 from dcompile.codegen.cuda.tiles import TYPES
-from dcompile.codegen.kernels.variant import (
+from dcompile.codegen.launches import Argument, Float, Int, Launch, Scratch, Value
+from dcompile.codegen.triton.variant import (
     Expression,
     Number,
     Operand,
@@ -27,7 +28,6 @@ from dcompile.codegen.kernels.variant import (
     evaluate,
     unaligned,
 )
-from dcompile.codegen.launches import Argument, Float, Int, Launch, Scratch, Value
 from dcompile.errors import UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.edit import value

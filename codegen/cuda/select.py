@@ -24,8 +24,8 @@ from dcompile.codegen.kernels import (
     soft_embed,
     vocab_choice,
 )
-from dcompile.codegen.kernels.variant import Expression, Lowering
 from dcompile.codegen.launches import Value
+from dcompile.codegen.triton.variant import Expression, Lowering
 from dcompile.errors import UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.edit import add_weight, fake_mode, value

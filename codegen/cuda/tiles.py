@@ -13,7 +13,7 @@ from math import prod
 
 import torch
 
-from dcompile.codegen.kernels.assemble import power_of_two
+from dcompile.codegen.triton.assemble import power_of_two
 from dcompile.ir.sizes import Size
 
 LIMIT = 8192  # elements of a tile that is held in registers

@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dcompile.codegen.kernels.assemble import (
+from dcompile.codegen.kernels.dot import arrives_last
+from dcompile.codegen.triton.assemble import (
     Shape,
     assemble,
     cdiv,
@@ -25,9 +26,8 @@ from dcompile.codegen.kernels.assemble import (
     power_of_two,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, attend_tiles, shrunk
-from dcompile.codegen.kernels.dot import arrives_last
-from dcompile.codegen.kernels.variant import Expression, Lowering, Scratch
+from dcompile.codegen.triton.tiles import Tiles, attend_tiles, shrunk
+from dcompile.codegen.triton.variant import Expression, Lowering, Scratch
 
 LOG2E = 1.4426950408889634
 

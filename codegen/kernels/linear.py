@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dcompile.codegen.kernels.assemble import (
+from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
+from dcompile.codegen.triton.assemble import (
     PACKAGE,
     Argument,
     Shape,
@@ -22,9 +23,8 @@ from dcompile.codegen.kernels.assemble import (
     operand,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, gated_tiles, linear_tiles, shrunk
-from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
-from dcompile.codegen.kernels.variant import ConstantValue, Expression, Lowering, Scratch
+from dcompile.codegen.triton.tiles import Tiles, gated_tiles, linear_tiles, shrunk
+from dcompile.codegen.triton.variant import ConstantValue, Expression, Lowering, Scratch
 
 
 @triton.jit

@@ -17,7 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dcompile.codegen.kernels.assemble import (
+from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
+from dcompile.codegen.kernels.linear import gate_and_up
+from dcompile.codegen.triton.assemble import (
     PACKAGE,
     Argument,
     Shape,
@@ -28,10 +30,8 @@ from dcompile.codegen.kernels.assemble import (
     power_of_two,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, down_tiles, gate_up_tiles, shrunk
-from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
-from dcompile.codegen.kernels.linear import gate_and_up
-from dcompile.codegen.kernels.variant import ConstantValue, Expression, Lowering, Scratch, Step
+from dcompile.codegen.triton.tiles import Tiles, down_tiles, gate_up_tiles, shrunk
+from dcompile.codegen.triton.variant import ConstantValue, Expression, Lowering, Scratch, Step
 
 
 @triton.jit

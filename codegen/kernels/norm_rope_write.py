@@ -12,14 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dcompile.codegen.kernels.assemble import (
-    Shape,
-    assemble,
-    cdiv,
-    operand,
-    power_of_two,
-)
-from dcompile.codegen.kernels.variant import Expression, Lowering
+from dcompile.codegen.triton.assemble import Shape, assemble, cdiv, operand, power_of_two
+from dcompile.codegen.triton.variant import Expression, Lowering
 
 
 @triton.jit

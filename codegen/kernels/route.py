@@ -16,7 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dcompile.codegen.kernels.assemble import (
+from dcompile.codegen.kernels.choice import choose
+from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
+from dcompile.codegen.triton.assemble import (
     Shape,
     assemble,
     count,
@@ -24,10 +26,8 @@ from dcompile.codegen.kernels.assemble import (
     power_of_two,
     temporary,
 )
-from dcompile.codegen.kernels.choice import choose
-from dcompile.codegen.kernels.configurations import Tiles, shrunk
-from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
-from dcompile.codegen.kernels.variant import ConstantValue, Expression, Lowering, Scratch
+from dcompile.codegen.triton.tiles import Tiles, shrunk
+from dcompile.codegen.triton.variant import ConstantValue, Expression, Lowering, Scratch
 
 
 @triton.jit

@@ -19,7 +19,9 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from dcompile.codegen.kernels.assemble import (
+from dcompile.codegen.kernels.choice import ranking, scores, take
+from dcompile.codegen.kernels.route import constants_of, name_of
+from dcompile.codegen.triton.assemble import (
     Argument,
     Shape,
     assemble,
@@ -28,9 +30,7 @@ from dcompile.codegen.kernels.assemble import (
     power_of_two,
     temporary,
 )
-from dcompile.codegen.kernels.choice import ranking, scores, take
-from dcompile.codegen.kernels.route import constants_of, name_of
-from dcompile.codegen.kernels.variant import Expression, Lowering, Scratch, Step
+from dcompile.codegen.triton.variant import Expression, Lowering, Scratch, Step
 
 RESULTS = ("weights", "experts")
 

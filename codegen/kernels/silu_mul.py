@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dcompile.codegen.kernels.assemble import (
+from dcompile.codegen.triton.assemble import (
     PACKAGE,
     Shape,
     assemble,
@@ -14,7 +14,7 @@ from dcompile.codegen.kernels.assemble import (
     operand,
     power_of_two,
 )
-from dcompile.codegen.kernels.variant import Expression, Lowering
+from dcompile.codegen.triton.variant import Expression, Lowering
 
 
 @triton.jit

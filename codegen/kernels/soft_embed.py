@@ -17,17 +17,10 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from dcompile.codegen.kernels.assemble import (
-    Shape,
-    assemble,
-    cdiv,
-    count,
-    operand,
-    temporary,
-)
-from dcompile.codegen.kernels.configurations import Tiles, mixture_tiles, shrunk, vocab_tiles
 from dcompile.codegen.kernels.dot import arrives_last, rows_by_rows
-from dcompile.codegen.kernels.variant import Expression, Lowering, Scratch
+from dcompile.codegen.triton.assemble import Shape, assemble, cdiv, count, operand, temporary
+from dcompile.codegen.triton.tiles import Tiles, mixture_tiles, shrunk, vocab_tiles
+from dcompile.codegen.triton.variant import Expression, Lowering, Scratch
 
 
 @triton.jit

@@ -16,7 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dcompile.codegen.kernels.assemble import (
+from dcompile.codegen.kernels.dot import rows_by_rows
+from dcompile.codegen.kernels.noise import gumbel, noise_key
+from dcompile.codegen.triton.assemble import (
     Argument,
     Shape,
     assemble,
@@ -26,10 +28,8 @@ from dcompile.codegen.kernels.assemble import (
     power_of_two,
     temporary,
 )
-from dcompile.codegen.kernels.configurations import Tiles, shrunk, vocab_tiles
-from dcompile.codegen.kernels.dot import rows_by_rows
-from dcompile.codegen.kernels.noise import gumbel, noise_key
-from dcompile.codegen.kernels.variant import Expression, Lowering, Scratch
+from dcompile.codegen.triton.tiles import Tiles, shrunk, vocab_tiles
+from dcompile.codegen.triton.variant import Expression, Lowering, Scratch
 
 FIELDS = 7  # peak, sum, weighted logits, best and second logit, best score, the logit that has it
 

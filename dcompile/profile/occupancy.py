@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dcompile.codegen.kernels.configurations import ARCHITECTURES
+from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.runtime.artifact import Artifact
 
 _REGISTERS, _REGISTER_UNIT, _WARP_UNIT = 65536, 256, 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table as Shown
 
-from dcompile.codegen.kernels import tuned
+from dcompile.codegen.triton import tuned
 from dcompile.errors import OptionError, OutputError
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.cuda.device import Device

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcompile.codegen.kernels.configurations import Tiles
+from dcompile.codegen.triton.tiles import Tiles
 from dcompile.runtime.cuda.device import Device
 from dcompile.tuning.placed import FLUSH, Placed
 from dcompile.tuning.problems import Problem

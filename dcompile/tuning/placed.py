@@ -9,8 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dcompile.codegen.kernels.aot import Compiled
-from dcompile.codegen.kernels.variant import Lowering, Number, Operand, Step, evaluate
+from dcompile.codegen.triton.aot import Compiled
+from dcompile.codegen.triton.variant import Lowering, Number, Operand, Step, evaluate
 from dcompile.errors import DeviceError
 from dcompile.runtime.cuda.device import Device
 from dcompile.runtime.cuda.graphs import Call, packed

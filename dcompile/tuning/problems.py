@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcompile.codegen.kernels import attend, configurations, linear, moe_ffn, tuned, vocab_choice
-from dcompile.codegen.kernels.configurations import Tiles
-from dcompile.codegen.kernels.tuned import Shape
-from dcompile.codegen.kernels.variant import Lowering
+from dcompile.codegen.kernels import attend, linear, moe_ffn, vocab_choice
+from dcompile.codegen.triton import tiles as configurations
+from dcompile.codegen.triton import tuned
+from dcompile.codegen.triton.tiles import Tiles
+from dcompile.codegen.triton.tuned import Shape
+from dcompile.codegen.triton.variant import Lowering
 
 R, B = {"R": 1}, {"B": 1}
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from dcompile.codegen.kernels import gate
-from dcompile.codegen.kernels.aot import Compiled, compile_variants
-from dcompile.codegen.kernels.configurations import ARCHITECTURES, Tiles, candidates
-from dcompile.codegen.kernels.variant import Variant
+from dcompile.codegen.triton import gate
+from dcompile.codegen.triton.aot import Compiled, compile_variants
+from dcompile.codegen.triton.tiles import ARCHITECTURES, Tiles, candidates
+from dcompile.codegen.triton.variant import Variant
 from dcompile.errors import BuildError
 from dcompile.tuning.problems import Problem
 

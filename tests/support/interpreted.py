@@ -10,7 +10,7 @@ from typing import Any
 import interpreter  # first of all: it makes this process interpret
 import torch
 
-from dcompile.codegen.kernels.variant import Lowering, Number, Operand, Scratch, Step, evaluate
+from dcompile.codegen.triton.variant import Lowering, Number, Operand, Scratch, Step, evaluate
 
 assert interpreter
 
@@ -66,7 +66,7 @@ def _launch(
 
 
 def _pointer(tensor: torch.Tensor) -> str:
-    from dcompile.codegen.kernels.variant import TRITON_TYPES
+    from dcompile.codegen.triton.variant import TRITON_TYPES
 
     (short,) = (name for name, dtype in TYPES.items() if dtype == tensor.dtype)
     return f"*{TRITON_TYPES[short]}"

@@ -18,8 +18,8 @@ import interpreter  # first of all: it makes this process interpret
 import torch
 from fake_cuda import FakeCuda, Kernel, Launched
 
-from dcompile.codegen.kernels.aot import Compiled
-from dcompile.codegen.kernels.variant import TRITON_TYPES
+from dcompile.codegen.triton.aot import Compiled
+from dcompile.codegen.triton.variant import TRITON_TYPES
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.cuda.table import table_of
 from dcompile.runtime.weights import DTYPES

@@ -18,7 +18,7 @@ from dcompile.codegen.kernels import (
     soft_embed,
     vocab_choice,
 )
-from dcompile.codegen.kernels.variant import Lowering, Variant
+from dcompile.codegen.triton.variant import Lowering, Variant
 
 R, B = {"R": 1}, {"B": 1}
 

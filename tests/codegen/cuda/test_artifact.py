@@ -105,7 +105,7 @@ def test_the_same_bytes_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_machine_without_triton_is_told_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dcompile.codegen.kernels import aot
+    from dcompile.codegen.triton import aot
 
     def missing() -> str:
         raise BuildError("compiling for CUDA needs Triton", remedy="pip install triton")

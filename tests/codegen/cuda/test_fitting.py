@@ -10,7 +10,7 @@ import torch
 from checkpoints import write_checkpoint
 
 from dcompile.codegen.kernels import linear
-from dcompile.codegen.kernels.configurations import Tiles, shrunk
+from dcompile.codegen.triton.tiles import Tiles, shrunk
 from dcompile.driver import compile_checkpoint
 from dcompile.errors import BuildError
 from dcompile.options import Options

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from kernel_shapes import MODELS, lowerings, variants
 
-from dcompile.codegen.kernels import gate, linear
-from dcompile.codegen.kernels.aot import Compiled, compile_variants, key
-from dcompile.codegen.kernels.configurations import Tiles
-from dcompile.codegen.kernels.variant import Parameter, Variant, unaligned
+from dcompile.codegen.kernels import linear
+from dcompile.codegen.triton import gate
+from dcompile.codegen.triton.aot import Compiled, compile_variants, key
+from dcompile.codegen.triton.tiles import Tiles
+from dcompile.codegen.triton.variant import Parameter, Variant, unaligned
 from dcompile.errors import BuildError
 
 ARCH = 90

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dcompile.codegen.kernels.variant import (
+from dcompile.codegen.triton.variant import (
     Number,
     Operand,
     Parameter,

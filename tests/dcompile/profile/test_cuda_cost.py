@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from dcompile.codegen.kernels.configurations import ARCHITECTURES
+from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.driver import compile_checkpoint
 from dcompile.explain import explain
 from dcompile.options import Options

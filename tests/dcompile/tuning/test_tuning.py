@@ -16,10 +16,12 @@ from fake_cuda import FakeCuda, Launched
 from kernel_shapes import MODELS, lowerings, variants
 
 from dcompile.cli import main
-from dcompile.codegen.kernels import configurations, linear, tuned
-from dcompile.codegen.kernels.configurations import ARCHITECTURES, Tiles
-from dcompile.codegen.kernels.tuned import Shape
-from dcompile.codegen.kernels.variant import Variant
+from dcompile.codegen.kernels import linear
+from dcompile.codegen.triton import tiles as configurations
+from dcompile.codegen.triton import tuned
+from dcompile.codegen.triton.tiles import ARCHITECTURES, Tiles
+from dcompile.codegen.triton.tuned import Shape
+from dcompile.codegen.triton.variant import Variant
 from dcompile.driver import compile_checkpoint
 from dcompile.errors import OptionError, OutputError
 from dcompile.options import Options

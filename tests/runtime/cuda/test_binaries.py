@@ -9,7 +9,7 @@ import pytest
 from fake_cuda import FakeCuda
 
 from dcompile.codegen.kernels import norms
-from dcompile.codegen.kernels.aot import compile_variants
+from dcompile.codegen.triton.aot import compile_variants
 from dcompile.cubin import read_cubin
 from dcompile.runtime.cuda.graphs import SET_CONDITION, Call, packed
 from dcompile.runtime.cuda.table import Argument, layout

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from interpreted import TYPES, poisoned, run
 
 from dcompile.codegen.kernels import attend
-from dcompile.codegen.kernels.configurations import Tiles
+from dcompile.codegen.triton.tiles import Tiles
 
 N, L = 2, 70
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from interpreted import TYPES, poisoned, run
 
 from dcompile.codegen.kernels import linear, moe_ffn
-from dcompile.codegen.kernels.assemble import PACKAGE
-from dcompile.codegen.kernels.configurations import Tiles
+from dcompile.codegen.triton.assemble import PACKAGE
+from dcompile.codegen.triton.tiles import Tiles
 
 both = pytest.mark.parametrize("t", ["f32", "bf16"])
 few = settings(max_examples=4, deadline=None, derandomize=True)

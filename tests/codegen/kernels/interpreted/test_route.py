@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from interpreted import TYPES, poisoned, run
 
 from dcompile.codegen.kernels import route
-from dcompile.codegen.kernels.configurations import Tiles
+from dcompile.codegen.triton.tiles import Tiles
 from dcompile.ir import ops
 
 ROUTERS = {

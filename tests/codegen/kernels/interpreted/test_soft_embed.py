@@ -7,7 +7,7 @@ import torch
 from interpreted import TYPES, poisoned, run
 
 from dcompile.codegen.kernels import soft_embed
-from dcompile.codegen.kernels.configurations import Tiles
+from dcompile.codegen.triton.tiles import Tiles
 
 
 def mixed(t: str, given: dict[str, torch.Tensor], splits: int = 3) -> torch.Tensor:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from interpreted import TYPES, poisoned, run
 
 from dcompile.codegen.kernels import vocab_choice
-from dcompile.codegen.kernels.configurations import Tiles
 from dcompile.codegen.kernels.noise import gumbel, noise_key
+from dcompile.codegen.triton.tiles import Tiles
 from dcompile.ir import noise, ops
 
 assert interpreter

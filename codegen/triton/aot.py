@@ -22,14 +22,16 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from dcompile.codegen.kernels.assemble import PACKAGE
-from dcompile.codegen.kernels.variant import Variant
+from dcompile.codegen.triton.assemble import PACKAGE
+from dcompile.codegen.triton.variant import Variant
 from dcompile.errors import BuildError
 
 log = logging.getLogger(__name__)
 
 FORMAT = "1"  # of the kept files
-OWN = (PACKAGE, "dcompile.cubin")  # what a binary, and what is known of it, may depend on
+WORKER = "dcompile.codegen.triton.worker"
+# What a binary, and what is known of it, may depend on.
+OWN = (PACKAGE, "dcompile.codegen.triton", "dcompile.cubin")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def key(variant: Variant, arch: int, sources: Mapping[str, str]) -> str:
     """The name under which a binary is kept."""
     functions = [variant.kernel, *(v for _, v in variant.constants if isinstance(v, str))]
     # The worker too: the facts that it reads off are kept beside the binary.
-    modules = sorted({f"{PACKAGE}.worker", *(name.partition(":")[0] for name in functions)})
+    modules = sorted({WORKER, *(name.partition(":")[0] for name in functions)})
     needed = {
         m: _functions_of(sources[m], [f.partition(":")[2] for f in functions if f.startswith(m)])
         for m in modules
@@ -185,7 +187,7 @@ def _child(tasks: list[dict[str, object]], scratch: str) -> str:
     """Run one worker to its end; what it wrote to stderr where it failed."""
     with tempfile.TemporaryDirectory(dir=scratch) as own:
         out = subprocess.run(
-            [sys.executable, "-m", f"{PACKAGE}.worker"],
+            [sys.executable, "-m", WORKER],
             input="\n".join(json.dumps(task) for task in tasks),
             env=_environment(scratch, own),
             capture_output=True,

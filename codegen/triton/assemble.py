@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dcompile.codegen.kernels.variant import (
+from dcompile.codegen.triton.variant import (
     Binding,
     ConstantValue,
     Expression,
@@ -18,7 +18,7 @@ from dcompile.codegen.kernels.variant import (
     pointer,
 )
 
-PACKAGE = "dcompile.codegen.kernels"
+PACKAGE = "dcompile.codegen.kernels"  # of the kernels themselves; artifacts name them so
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dcompile.codegen.kernels.aot import Compiled
-from dcompile.codegen.kernels.assemble import PACKAGE
-from dcompile.codegen.kernels.configurations import ARCHITECTURES
+from dcompile.codegen.triton.aot import Compiled
+from dcompile.codegen.triton.assemble import PACKAGE
+from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.errors import BuildError
 
 # Kernels that multiply matrices, and those that read whole rows, with the constant that says how long.

@@ -1,4 +1,4 @@
-"""Compiles variants in a process of its own: `python -m dcompile.codegen.kernels.worker`.
+"""Compiles variants in a process of its own: `python -m dcompile.codegen.triton.worker`.
 
 Reads one JSON object a line, {"variant": ..., "arch": 90, "stem": "path without suffix"}, and writes
 `stem.cubin` and `stem.json` for each; the JSON comes last, so that whoever sees it may read both.
@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dcompile.codegen.kernels.variant import Variant
+from dcompile.codegen.triton.variant import Variant
 from dcompile.cubin import read_cubin
 
 ALIGNED = [["tt.divisibility", 16]]

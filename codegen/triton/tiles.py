@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dcompile.codegen.kernels.tuned import find
+from dcompile.codegen.triton.tuned import find
 
 
 @dataclass(frozen=True)

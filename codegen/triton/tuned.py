@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dcompile.codegen.kernels.variant import TRITON_TYPES, Variant
+from dcompile.codegen.triton.variant import TRITON_TYPES, Variant
 
 TABLE = "tuned.json"
 Table = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -81,7 +81,7 @@ def recorded(variants: Iterable[Variant], arch: int) -> dict[str, Any]:
 
 def path() -> Path:
     """The table that goes with this installation."""
-    return Path(str(resources.files("dcompile.codegen.kernels").joinpath(TABLE)))
+    return Path(str(resources.files("dcompile.codegen.triton").joinpath(TABLE)))
 
 
 def read(text: str) -> dict[str, dict[str, dict[str, Any]]]:

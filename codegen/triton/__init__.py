@@ -1,0 +1,1 @@
+"""How a Triton kernel is specialised, compiled and gated."""
