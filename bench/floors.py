@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dcompile.codegen.cpu import build
+from dcompile.cost.launches import Call, Facts, Work, costs, routers
+from dcompile.cost.machine import Machine, measure
 from dcompile.driver import compile_checkpoint
-from dcompile.floor import Machine, measure
 from dcompile.options import Options
 from dcompile.profile import profile_artifact
 from dcompile.profile.collect import Capture
-from dcompile.profile.cost import Call, Facts, Work, costs, routers
 from dcompile.profile.watch import Timer
 from dcompile.runtime.processor import cpu_flags
 

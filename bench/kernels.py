@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "suppo
 from native import Library, Value, pack_args
 
 from dcompile.codegen.cpu import build, pack
-from dcompile.floor import Machine, measure
+from dcompile.cost.machine import Machine, measure
 from dcompile.runtime.archive import map_file
 from dcompile.runtime.processor import cpu_flags
 

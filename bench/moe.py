@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcompile.cost.launches import chosen_experts
 from dcompile.demo import GEN_LENGTH, MAX_LENGTH, MODEL, heldout
 from dcompile.driver import compile_checkpoint, compile_module
 from dcompile.options import Options
-from dcompile.profile.cost import chosen_experts
 from dcompile.profile.watch import Observer, Timer
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.served import Result

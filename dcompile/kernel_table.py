@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dcompile.profile.occupancy import occupancy
-from dcompile.profile.sources import source_of
+from dcompile.cost.occupancy import occupancy
+from dcompile.cost.sources import source_of
 from dcompile.runtime.artifact import Artifact
 
 Launch = Mapping[str, Any]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcompile.cost.machine import LaunchCost, Machine, measure, step_cost, touched_experts
 from dcompile.errors import OptionError
-from dcompile.floor import LaunchCost, Machine, measure, step_cost, touched_experts
 from dcompile.options import Options, recorded_options
 from dcompile.runtime.backend import Backend
 from dcompile.runtime.loop import Runner

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from dcompile.cost.cuda import described
+from dcompile.cost.launches import Facts, chosen_experts, live_candidates
+from dcompile.cost.machine import Machine, measure
 from dcompile.errors import ContractError
-from dcompile.floor import Machine, measure
-from dcompile.profile.cost import Facts, chosen_experts, live_candidates
-from dcompile.profile.cuda_cost import described
 from dcompile.profile.watch import Observer, Seen, Timed, Timer, resident_bytes
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.backend import open_backend

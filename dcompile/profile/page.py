@@ -10,8 +10,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from dcompile.cost.sources import graph_lines, source_of
 from dcompile.profile.plots import MOST_BARS, numbered, pictures
-from dcompile.profile.sources import graph_lines, source_of
 from dcompile.profile.summary import PHASES, Profile
 from dcompile.profile.table import memory_text, notes, percent
 from dcompile.runtime.artifact import Artifact

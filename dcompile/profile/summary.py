@@ -12,12 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dcompile.floor import Machine
+from dcompile.cost.launches import costs, is_router
+from dcompile.cost.machine import Machine
+from dcompile.cost.occupancy import kernel_resources
 from dcompile.profile.collect import Capture
-from dcompile.profile.cost import costs, is_router
 from dcompile.profile.denoise import Course, courses, decided, masks_left
 from dcompile.profile.memory import Memory, memory
-from dcompile.profile.occupancy import kernel_resources
 from dcompile.profile.watch import Seen
 
 Phase = Literal["prefill", "refresh", "window"]

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from dcompile.cost.launches import costs
 from dcompile.profile.collect import Capture
-from dcompile.profile.cost import costs
 from dcompile.profile.summary import Profile
 
 Event = dict[str, Any]

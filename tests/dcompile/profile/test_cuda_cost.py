@@ -12,12 +12,12 @@ import torch
 from checkpoints import write_checkpoint
 
 from dcompile.codegen.triton.tiles import ARCHITECTURES
+from dcompile.cost.cuda import described
+from dcompile.cost.launches import Facts, Work, chosen_experts, costs, live_candidates, routers
+from dcompile.cost.occupancy import kernel_resources, occupancy, resident_blocks
 from dcompile.driver import compile_checkpoint
 from dcompile.explain import explain
 from dcompile.options import Options
-from dcompile.profile.cost import Facts, Work, chosen_experts, costs, live_candidates, routers
-from dcompile.profile.cuda_cost import described
-from dcompile.profile.occupancy import kernel_resources, occupancy, resident_blocks
 from dcompile.runtime.artifact import Artifact, open_artifact
 
 R = 12

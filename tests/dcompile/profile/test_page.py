@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from browser import OVERFLOWING, UNREACHABLE, browser
 
+from dcompile.cost.sources import source_of
 from dcompile.errors import OptionError
 from dcompile.profile import Capture
 from dcompile.profile.page import page
 from dcompile.profile.plots import pictures
-from dcompile.profile.sources import source_of
 from dcompile.profile.summary import Profile
 
 SCROLLING = ".scroll, pre"

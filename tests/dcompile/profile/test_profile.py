@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dcompile import cli
+from dcompile.cost.launches import Facts, Work, costs
+from dcompile.cost.machine import Machine
 from dcompile.errors import OptionError
-from dcompile.floor import Machine
 from dcompile.profile import Capture, compare, profile_artifact
-from dcompile.profile.cost import Facts, Work, costs
 from dcompile.profile.summary import Profile, summarize
 from dcompile.profile.watch import Timer
 

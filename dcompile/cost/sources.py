@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dcompile.profile.cost import family
+from dcompile.cost.launches import family
 from dcompile.profile.summary import Place
 from dcompile.runtime.artifact import Artifact
 

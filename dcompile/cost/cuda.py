@@ -16,7 +16,7 @@ import numpy as np
 from dcompile.runtime.artifact import Artifact
 
 if TYPE_CHECKING:
-    from dcompile.profile.cost import Call, Work
+    from dcompile.cost.launches import Call, Work
 
 ROUTERS = ("route:route", "route:route_product")
 LIMITED = ("route_limited:choose_within", "route_limited:drop", "route_limited:reroute")

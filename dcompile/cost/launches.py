@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dcompile.floor import Cost, Machine
+from dcompile.cost import cuda as cuda_cost
+from dcompile.cost.machine import Cost, Machine
 from dcompile.ir.sizes import evaluate
-from dcompile.profile import cuda_cost
 from dcompile.runtime.weights import DTYPES
 
 Plan = Mapping[str, Any]

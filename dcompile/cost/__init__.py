@@ -1,0 +1,1 @@
+"""What a launch costs, and what the machine can do at best."""
