@@ -25,7 +25,7 @@ import torch
 from quality_picture import picture
 from quality_table import Row, table
 
-from dcompile.combine import Combination, refused
+from dcompile.decoding.rules import Combination, refused
 from dcompile.driver import compile_checkpoint
 from dcompile.frontends.base import ModelSpec
 from dcompile.frontends.checkpoint import open_checkpoint

@@ -17,7 +17,7 @@ from torch import nn
 from dcompile.codegen.backends import Code, backend_of
 from dcompile.codegen.cpu.lower import stored_tensors
 from dcompile.codegen.targets import parse_target
-from dcompile.combine import Combination, check_together
+from dcompile.decoding.rules import Combination, check_together
 from dcompile.errors import ConfigError, OptionError
 from dcompile.explain import report
 from dcompile.frontends.base import ModelSpec

@@ -12,8 +12,8 @@ import pytest
 from checkpoints import write_checkpoint
 from quick import compile_quickly
 
-from dcompile.cells import KINDS, Cell, cells, updated
-from dcompile.combine import CACHES, MANAGERS, RULES, allowed
+from dcompile.decoding.rules import CACHES, MANAGERS, RULES, allowed
+from dcompile.decoding.tables import KINDS, Cell, cells, updated
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.policies import policy_names
@@ -133,7 +133,7 @@ def test_the_document_is_current() -> None:
     if os.environ.get("DCOMPILE_ACCEPT_GOLDEN"):
         DOCUMENT.write_text(wanted)
         text = wanted
-    assert text == wanted, "run python -m dcompile.cells docs/decoding.md, or make golden"
+    assert text == wanted, "run python -m dcompile.decoding.tables docs/decoding.md, or make golden"
     assert all(rule.reason[1:] in text for rule in RULES)
     with pytest.raises(ValueError, match="has no lines"):
         updated("nothing")

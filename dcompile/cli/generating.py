@@ -117,8 +117,8 @@ def calibrate(
     quiet: Quiet = False,
 ) -> None:
     """Find the lowest threshold that agrees with an uncached decode of one token a forward."""
-    from dcompile.calibrate import calibrate as calibrate_runner
-    from dcompile.calibrate import record
+    from dcompile.decoding.calibrate import calibrate as calibrate_runner
+    from dcompile.decoding.calibrate import record
     from dcompile.runtime.loop import Runner
 
     asked = prompts_of(None, None, prompts)

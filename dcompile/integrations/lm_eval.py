@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from dcompile.decoding.scoring import Scorer
 from dcompile.errors import RequestError
 from dcompile.runtime.loop import Runner
-from dcompile.scoring import Scorer
 
 
 class Request(Protocol):

@@ -17,7 +17,7 @@ import toy
 from toy import EOS, MASK, VOCAB, Toy
 
 from dcompile import cli
-from dcompile.calibrate import Calibration, Trial, calibrate, record
+from dcompile.decoding.calibrate import Calibration, Trial, calibrate, record
 from dcompile.errors import OptionError, RequestError
 from dcompile.runtime import caches
 from dcompile.runtime.loop import Runner

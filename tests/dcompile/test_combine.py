@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from dcompile.combine import CACHES, MANAGERS, RULES, Combination, allowed, refused
+from dcompile.decoding.rules import CACHES, MANAGERS, RULES, Combination, allowed, refused
 from dcompile.driver import compile_checkpoint, compile_module
 from dcompile.errors import OptionError
 from dcompile.options import Options

@@ -9,12 +9,12 @@ from checkpoints import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcompile.decoding.scoring import Scorer, _seed, spread_masks
 from dcompile.driver import compile_checkpoint
 from dcompile.errors import RequestError
 from dcompile.frontends.checkpoint import Checkpoint, open_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.loop import Runner
-from dcompile.scoring import Scorer, _seed, spread_masks
 
 
 @pytest.fixture(scope="module", params=["llada_moe", "dream", "sdar"])

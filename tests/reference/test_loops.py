@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from imagined import imagined
 from reference_managers import Facts, Made
 
-from dcompile.combine import MANAGERS, allowed
+from dcompile.decoding.rules import MANAGERS, allowed
 from dcompile.ir import ops
 from dcompile.policies import find_policy, policy_names
 from dcompile.runtime.loop import Runner

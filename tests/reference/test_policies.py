@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reference_policies import REFERENCES, Memory, Seen, choose, iterate
 
 from dcompile.choosing import Blocks, write_tokens
-from dcompile.combine import allowed
+from dcompile.decoding.rules import allowed
 from dcompile.ir import noise, ops
 from dcompile.plain import fresh_state
 from dcompile.policies import Policy, find_policy, policy_names

@@ -14,6 +14,7 @@ from checkpoints import write_checkpoint
 from fake_cuda import FakeCuda
 from interpreted_gpu import InterpretedGpu
 
+from dcompile.decoding.scoring import Scorer
 from dcompile.driver import compile_checkpoint
 from dcompile.errors import DeviceError, VerificationError
 from dcompile.options import Options
@@ -22,7 +23,6 @@ from dcompile.runtime.cuda import driver
 from dcompile.runtime.cuda.executor import CudaExecutor
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.writing import write_artifact
-from dcompile.scoring import Scorer
 from dcompile.verify import verify
 
 assert interpreter

@@ -1,0 +1,1 @@
+"""Which policies, managers and caches go together, and what they are measured by."""
