@@ -28,7 +28,7 @@ from rich.table import Table
 from dcompile.codegen.cpu import build
 from dcompile.cost.launches import Call, Facts, Work, costs, routers
 from dcompile.cost.machine import Machine, measure
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.profile import profile_artifact
 from dcompile.profile.collect import Capture

@@ -37,7 +37,7 @@ def anonymous() -> float:
 
 
 def compile_part(checkpoint: Path, artifact: Path) -> dict[str, float]:
-    from dcompile.driver import compile_checkpoint
+    from dcompile.driver.compile import compile_checkpoint
     from dcompile.options import Options
 
     highest = 0.0

@@ -17,7 +17,7 @@ import models
 import torch
 
 from dcompile.bench.command import prepare, step_inputs
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.loop import Runner
 

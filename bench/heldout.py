@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dcompile.demo import GEN_LENGTH, MAX_LENGTH, MODEL, heldout
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.plain import plain_decode

@@ -39,9 +39,9 @@ from dcompile.codegen.targets import parse_target
 from dcompile.codegen.triton import gate
 from dcompile.codegen.triton.aot import Compiled, compile_variants, compiler_version
 from dcompile.codegen.triton.tiles import ARCHITECTURES
-from dcompile.driver import open_origin, settle, trace_origin
+from dcompile.driver.compile import open_origin, settle, trace_origin
+from dcompile.driver.pipeline import run
 from dcompile.options import Options
-from dcompile.pipeline import run
 
 COLUMNS = ("registers", "spilled", "shared", "tensor ops", "128-bit loads", "cubin KB")
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 16}

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from checkpoints import write_checkpoint
 
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.runtime import writing
 from dcompile.runtime.artifact import open_artifact

@@ -28,7 +28,7 @@ import models
 import torch
 from safetensors import safe_open
 
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.loop import Runner
 

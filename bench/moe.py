@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dcompile.cost.launches import chosen_experts
 from dcompile.demo import GEN_LENGTH, MAX_LENGTH, MODEL, heldout
-from dcompile.driver import compile_checkpoint, compile_module
+from dcompile.driver.compile import compile_checkpoint, compile_module
 from dcompile.options import Options
 from dcompile.profile.watch import Observer, Timer
 from dcompile.runtime.loop import Runner

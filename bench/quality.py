@@ -26,7 +26,7 @@ from quality_picture import picture
 from quality_table import Row, table
 
 from dcompile.decoding.rules import Combination, refused
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.base import ModelSpec
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options

@@ -17,7 +17,7 @@ import models
 import torch
 
 from dcompile.bench.command import Table, bench
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 
 

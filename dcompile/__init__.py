@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dcompile.driver import compile_model as compile
+    from dcompile.driver.compile import compile_model as compile
     from dcompile.options import Options
     from dcompile.runtime.loop import Runner
 
@@ -22,7 +22,7 @@ __all__ = ["Options", "Runner", "compile", "load"]
 def __getattr__(name: str) -> object:
     """Public names, loaded on first use: the runtime must not pull in the compiler."""
     if name == "compile":
-        from dcompile.driver import compile_model
+        from dcompile.driver.compile import compile_model
 
         return compile_model
     if name == "Options":
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> object:
 
         return Options
     if name in ("Runner", "load"):
-        from dcompile.on_the_spot import install
+        from dcompile.driver.missing_kernels import install
         from dcompile.runtime.loop import Runner
 
         install()

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.text import Text
 
 from dcompile.codegen.backends import Code
+from dcompile.driver.pipeline import Record, run
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.ir.program import Program, Remark
 from dcompile.kernel_table import kernel_table
 from dcompile.options import Options, recorded_options
-from dcompile.pipeline import Record, run
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.caches import cache_policy
 from dcompile.untrusted import parse_json
@@ -165,7 +165,7 @@ def _diff(artifact: Artifact, stages: list[str], at: int) -> str:
 def pass_times(path: str | Path, checkpoint: Path) -> str:
     """The passes run again over the checkpoint's graph, timed: an artifact holds no times, so that
     the same compile gives the same bytes."""
-    from dcompile.driver import open_origin, settle, trace_origin
+    from dcompile.driver.compile import open_origin, settle, trace_origin
 
     recorded = open_artifact(Path(path), verify=False).manifest["options"]
     given = recorded_options(recorded, str(path))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from dcompile.driver.pipeline import name_of
 from dcompile.errors import VerificationError
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Exactness, Pass, Program, Stage, StepShape
 from dcompile.ir.weights import Read
-from dcompile.pipeline import name_of
 from dcompile.trace import logits_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}

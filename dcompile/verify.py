@@ -16,12 +16,19 @@ from dcompile.codegen.backends import lower_cuda
 from dcompile.codegen.cpu.lower import Lowered, lower, stored_tensors
 from dcompile.codegen.launches import Launch, Value
 from dcompile.codegen.targets import Target, parse_target
-from dcompile.driver import Origin, Progress, manifest_facts, open_origin, settle, trace_origin
+from dcompile.driver.compile import (
+    Origin,
+    Progress,
+    manifest_facts,
+    open_origin,
+    settle,
+    trace_origin,
+)
+from dcompile.driver.pipeline import run
 from dcompile.errors import DeviceError, VerificationError, WrongArchitecture
 from dcompile.ir.program import Program
 from dcompile.ir.stored import dump
 from dcompile.options import Options, recorded_options
-from dcompile.pipeline import run
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.backend import Backend, open_backend
 from dcompile.runtime.loop import Runner

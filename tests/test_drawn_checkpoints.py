@@ -10,7 +10,7 @@ from checkpoints import write_checkpoint
 from slow import decode
 
 import dcompile
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 

@@ -12,7 +12,7 @@ from checkpoints import write_checkpoint, write_model_pt
 from slow import decode
 
 import dcompile
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import Checkpoint, open_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.loop import Runner

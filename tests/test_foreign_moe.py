@@ -21,11 +21,11 @@ from transformers import (
 )
 
 import dcompile
+from dcompile.driver.pipeline import run
 from dcompile.ir import ops
 from dcompile.ir.program import StepShape
 from dcompile.ir.weights import Source
 from dcompile.options import Options
-from dcompile.pipeline import run
 from dcompile.policies import find_policy
 from dcompile.trace import Traced, trace
 

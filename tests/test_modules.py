@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import dcompile
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import DcompileError, MixesPositions, UnsupportedModel
 from dcompile.options import Options
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dcompile.demo import GEN_LENGTH, MODEL, Example, heldout
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.plain import PlainResult, plain_decode

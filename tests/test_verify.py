@@ -14,13 +14,13 @@ import torch
 from checkpoints import write_checkpoint
 from quick import compile_quickly
 
-from dcompile import pipeline
-from dcompile.driver import compile_checkpoint
+from dcompile.driver import pipeline
+from dcompile.driver.compile import compile_checkpoint
+from dcompile.driver.pipeline import name_of
 from dcompile.errors import ArtifactError, VerificationError
 from dcompile.ir import ops
 from dcompile.ir.program import Exactness, Pass, Program
 from dcompile.options import Options
-from dcompile.pipeline import name_of
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.writing import write_artifact

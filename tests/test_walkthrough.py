@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.explain import explain
 from dcompile.options import Options
 

@@ -16,7 +16,7 @@ import typer
 from checkpoints import write_checkpoint, write_model_pt
 
 from dcompile.cli import app, main
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from fuzzing.children import Outcome, run_case
 

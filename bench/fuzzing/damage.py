@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from checkpoints import write_checkpoint, write_model_pt
 
-from dcompile.driver import compile_checkpoint, open_origin
+from dcompile.driver.compile import compile_checkpoint, open_origin
 from dcompile.errors import DcompileError, VerificationError
 from dcompile.explain import explain, remarks
 from dcompile.frontends.files import open_state_dict

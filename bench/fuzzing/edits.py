@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from dcompile.driver.pipeline import clean_up
 from dcompile.ir import ops
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Program
-from dcompile.pipeline import clean_up
 
 aten = torch.ops.aten
 _UNARY = "silu gelu relu sigmoid tanh neg abs cos sin"

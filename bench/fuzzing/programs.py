@@ -13,13 +13,13 @@ import torch
 
 from dcompile.codegen.cpu.lower import lower
 from dcompile.codegen.targets import parse_target
-from dcompile.driver import _of_module as origin_of_module
-from dcompile.driver import compile_module, manifest_facts, settle, trace_origin
+from dcompile.driver.compile import _of_module as origin_of_module
+from dcompile.driver.compile import compile_module, manifest_facts, settle, trace_origin
+from dcompile.driver.pipeline import run
 from dcompile.errors import DcompileError, OptionError, UnsupportedModel, VerificationError
 from dcompile.ir import ops
 from dcompile.ir.program import Program
 from dcompile.options import Options
-from dcompile.pipeline import run
 from dcompile.runtime.loop import Runner
 from dcompile.stages import Case as Case_
 from dcompile.stages import Recorded, Stages, Values, cases

@@ -13,11 +13,11 @@ from checkpoints import SHAPES, make_config
 from torch import Tensor
 
 from dcompile.codegen.backends import Code, backend_of
-from dcompile.driver import Origin, open_origin, settle, trace_origin
+from dcompile.driver.compile import Origin, open_origin, settle, trace_origin
+from dcompile.driver.pipeline import run
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
 from dcompile.options import Options
-from dcompile.pipeline import run
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.cuda.executor import CudaExecutor
 from dcompile.runtime.plan import Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dcompile.demo import BATCH, BLOCK, GEN_LENGTH, MAX_LENGTH, MODEL, heldout
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.cuda.executor import CudaExecutor

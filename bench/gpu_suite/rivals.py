@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcompile.bench.eager import BODIES, BY_HAND
-from dcompile.driver import trace_origin
+from dcompile.driver.compile import trace_origin
+from dcompile.driver.pipeline import run
 from dcompile.ir import ops
 from dcompile.ir.edit import value
-from dcompile.pipeline import run
 from gpu_suite import models
 from gpu_suite.machine import Machine, spread
 from gpu_suite.models import Model

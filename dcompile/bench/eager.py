@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcompile.driver import open_origin, settle, trace_origin
+from dcompile.driver.compile import open_origin, settle, trace_origin
+from dcompile.driver.pipeline import run
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
 from dcompile.ir.routing import scores, shares
 from dcompile.ir.weights import Read
 from dcompile.options import Options
-from dcompile.pipeline import run
 
 aten = torch.ops.aten
 BY_HAND = (

@@ -72,7 +72,7 @@ def run(
     named = {"threshold": threshold, "threshold_low": threshold_low, "steps": steps}
     parameters |= {name: float(value) for name, value in named.items() if value is not None}
     asked = prompts_of(prompt, prompt_ids, prompts or queue)
-    from dcompile.on_the_spot import install
+    from dcompile.driver.missing_kernels import install
     from dcompile.runtime.loop import Runner
 
     install()

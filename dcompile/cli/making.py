@@ -28,7 +28,7 @@ def compile_command(
     options: Options,
 ) -> None:
     """Compile a checkpoint (also without the word: `dcompile CHECKPOINT`)."""
-    from dcompile.driver import compile_checkpoint
+    from dcompile.driver.compile import compile_checkpoint
 
     out = out or _default_out(checkpoint)
     with telling(quiet) as progress:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import typer
 
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.plain import plain_decode

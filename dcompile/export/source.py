@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dcompile.codegen.cpu.pack import packed_size, unpack_linear
-from dcompile.driver import manifest_facts, open_origin, settle, trace_origin
+from dcompile.driver.compile import manifest_facts, open_origin, settle, trace_origin
+from dcompile.driver.pipeline import run
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.export.containers import is_artifact
 from dcompile.ir import stored
@@ -23,7 +24,6 @@ from dcompile.ir.edit import value
 from dcompile.ir.sizes import evaluate
 from dcompile.ir.stored import StoredInput, StoredProgram
 from dcompile.options import Options
-from dcompile.pipeline import run
 from dcompile.runtime.artifact import Artifact, open_artifact
 
 PROGRAM = "program.json"

@@ -49,7 +49,7 @@ def tune_path(
 
 
 def _artifact(path: Path, arch: int, folder: Path, progress: Progress) -> Artifact:
-    from dcompile.driver import compile_checkpoint
+    from dcompile.driver.compile import compile_checkpoint
     from dcompile.options import Options
 
     if path.suffix == ".dcx" or (path / "manifest.json").is_file():

@@ -19,7 +19,8 @@ import test_tokens
 import toy
 from toy import EOS, MASK, Toy
 
-from dcompile import cli, driver
+from dcompile import cli
+from dcompile.driver import compile as driver
 from dcompile.errors import CheckpointError, OutputError
 from dcompile.options import Options
 

@@ -11,7 +11,7 @@ import torch
 from checkpoints import write_checkpoint
 
 from dcompile.decoding.rules import CACHES, MANAGERS, RULES, Combination, allowed, refused
-from dcompile.driver import compile_checkpoint, compile_module
+from dcompile.driver.compile import compile_checkpoint, compile_module
 from dcompile.errors import OptionError
 from dcompile.options import Options
 from dcompile.policies import Policy, find_policy, policy_names

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dcompile import cli
 from dcompile.drawing import dot
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.explain import _style, explain, kernel_table, pass_times, remarks, stage_after
 from dcompile.options import Options, WatchedOptions
 from dcompile.runtime.artifact import open_artifact

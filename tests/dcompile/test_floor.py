@@ -13,7 +13,7 @@ from native import Library, pack_args
 from dcompile.bench.command import bench, prepare, step_inputs
 from dcompile.codegen.cpu import build, pack
 from dcompile.cost.machine import Cost, Machine, last_cache, measure, step_cost, touched_experts
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.profile.watch import Observer
 from dcompile.runtime.loop import Runner

@@ -9,8 +9,8 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from dcompile import on_the_spot
-from dcompile.driver import compile_checkpoint
+from dcompile.driver import missing_kernels as on_the_spot
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import WrongArchitecture
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcompile.decoding.scoring import Scorer, _seed, spread_masks
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import RequestError
 from dcompile.frontends.checkpoint import Checkpoint, open_checkpoint
 from dcompile.options import Options

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import Interpreter, Node
 
+from dcompile.driver.pipeline import clean_up
 from dcompile.ir import ops
 from dcompile.ir.contract import verify
 from dcompile.ir.program import Program
 from dcompile.loops import traceable
 from dcompile.passes.canonicalize import Canonicalize
 from dcompile.passes.fuse_moe import FuseMoE
-from dcompile.pipeline import clean_up
 
 aten = torch.ops.aten
 USUAL = Sizes()

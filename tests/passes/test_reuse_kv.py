@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dcompile.driver.pipeline import clean_up
 from dcompile.errors import MixesPositions, UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.program import Program, Stage, StepShape
@@ -19,7 +20,6 @@ from dcompile.ir.weights import Source
 from dcompile.passes.canonicalize import Canonicalize
 from dcompile.passes.fold_constants import FoldConstants
 from dcompile.passes.reuse_kv import ReuseKV
-from dcompile.pipeline import clean_up
 from dcompile.policies import find_policy
 from dcompile.trace import Traced, trace
 

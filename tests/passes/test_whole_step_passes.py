@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcompile.codegen.cpu.lower import lower
+from dcompile.driver.pipeline import run
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program, Stage, StepShape
 from dcompile.ir.sizes import size_of
 from dcompile.ir.weights import Source
 from dcompile.options import Options
-from dcompile.pipeline import run
 from dcompile.policies import find_policy
 from dcompile.trace import Traced, trace
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from dcompile.driver.pipeline import clean_up
 from dcompile.ir.contract import verify
 from dcompile.ir.edit import value
 from dcompile.ir.meta import KEY, Facts
@@ -17,7 +18,6 @@ from dcompile.ir.program import Exactness, Input, Output, Pass, Program, Stage, 
 from dcompile.ir.show import show
 from dcompile.ir.weights import Source
 from dcompile.passes.canonicalize import Canonicalize
-from dcompile.pipeline import clean_up
 
 SHAPE = StepShape(slots=1, positions=32, block_length=4, mask_id=0, dtype=torch.float32)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dcompile import driver
 from dcompile.codegen.cpu import build
+from dcompile.driver import compile as driver
 from dcompile.options import Options
 
 

@@ -12,7 +12,7 @@ import torch
 from checkpoints import FAMILIES, write_checkpoint
 
 from dcompile.demo import MODEL
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import BuildError, DcompileError, OptionError
 from dcompile.explain import explain
 from dcompile.options import Options

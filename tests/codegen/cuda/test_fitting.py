@@ -11,7 +11,7 @@ from checkpoints import write_checkpoint
 
 from dcompile.codegen.kernels import linear
 from dcompile.codegen.triton.tiles import Tiles, shrunk
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import BuildError
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 
 

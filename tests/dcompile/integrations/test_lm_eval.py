@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dcompile.demo import MODEL, heldout
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import RequestError
 from dcompile.options import Options
 

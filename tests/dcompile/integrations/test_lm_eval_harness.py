@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dcompile.demo import MODEL, heldout
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 
 evaluator = pytest.importorskip("lm_eval.evaluator", reason="pip install 'dcompile[eval]'")

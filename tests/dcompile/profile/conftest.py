@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from checkpoints import write_checkpoint
 
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.profile import Capture, profile_artifact
 from dcompile.profile.summary import Profile, summarize

@@ -15,7 +15,7 @@ from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.cost.cuda import described
 from dcompile.cost.launches import Facts, Work, chosen_experts, costs, live_candidates, routers
 from dcompile.cost.occupancy import kernel_resources, occupancy, resident_blocks
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.explain import explain
 from dcompile.options import Options
 from dcompile.runtime.artifact import Artifact, open_artifact

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dcompile.demo import MODEL, heldout
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.profile.watch import Timed, Timer
 from dcompile.runtime.loop import Runner

@@ -22,7 +22,7 @@ from dcompile.codegen.triton import tuned
 from dcompile.codegen.triton.tiles import ARCHITECTURES, Tiles
 from dcompile.codegen.triton.tuned import Shape
 from dcompile.codegen.triton.variant import Variant
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import OptionError, OutputError
 from dcompile.options import Options
 from dcompile.runtime.cuda import driver

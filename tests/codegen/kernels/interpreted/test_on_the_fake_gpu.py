@@ -12,7 +12,7 @@ from checkpoints import write_checkpoint
 from fake_cuda import FakeCuda
 from interpreted_gpu import InterpretedGpu
 
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.cuda.executor import CudaExecutor

@@ -15,7 +15,7 @@ from fake_cuda import FakeCuda
 from interpreted_gpu import InterpretedGpu
 
 from dcompile.decoding.scoring import Scorer
-from dcompile.driver import compile_checkpoint
+from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import DeviceError, VerificationError
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact

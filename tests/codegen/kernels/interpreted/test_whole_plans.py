@@ -11,7 +11,7 @@ import torch
 from checkpoints import write_checkpoint
 from interpreted_plan import open_interpreted
 
-from dcompile.driver import compile_checkpoint, compile_module
+from dcompile.driver.compile import compile_checkpoint, compile_module
 from dcompile.options import Options
 from dcompile.runtime.loop import Runner
 

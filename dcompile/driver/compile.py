@@ -18,6 +18,7 @@ from dcompile.codegen.backends import Code, backend_of
 from dcompile.codegen.cpu.lower import stored_tensors
 from dcompile.codegen.targets import parse_target
 from dcompile.decoding.rules import Combination, check_together
+from dcompile.driver.pipeline import Record, run
 from dcompile.errors import ConfigError, OptionError
 from dcompile.explain import report
 from dcompile.frontends.base import ModelSpec
@@ -26,7 +27,6 @@ from dcompile.ir.show import show
 from dcompile.ir.stored import dump
 from dcompile.ir.weights import Read, Recipe, Source
 from dcompile.options import Options, WatchedOptions
-from dcompile.pipeline import Record, run
 from dcompile.policies import Policy, find_policy
 from dcompile.repeat import Run, runs_of
 from dcompile.runtime.loop import Runner
@@ -322,7 +322,7 @@ def _combination(options: Options, span: int | None, shift: bool) -> Combination
 def _checker(options: Options):  # type: ignore[no-untyped-def]
     if not options.check:
         return None
-    from dcompile.check import Checker
+    from dcompile.driver.check import Checker
 
     return Checker()
 

@@ -1,0 +1,1 @@
+"""Compiles: from a checkpoint or a module to an artifact."""
