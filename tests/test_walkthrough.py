@@ -13,7 +13,7 @@ import torch
 from checkpoints import write_checkpoint
 
 from dcompile.driver.compile import compile_checkpoint
-from dcompile.explain import explain
+from dcompile.explain.command import explain
 from dcompile.options import Options
 
 GOLDEN = Path(__file__).parent / "golden"

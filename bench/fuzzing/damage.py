@@ -25,7 +25,7 @@ from checkpoints import write_checkpoint, write_model_pt
 
 from dcompile.driver.compile import compile_checkpoint, open_origin
 from dcompile.errors import DcompileError, VerificationError
-from dcompile.explain import explain, remarks
+from dcompile.explain.command import explain, remarks
 from dcompile.frontends.files import open_state_dict
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact

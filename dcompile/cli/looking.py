@@ -37,12 +37,12 @@ def explain(
     ] = None,
 ) -> None:
     """Show the passes and kernels of an artifact, or what one pass changed."""
-    from dcompile.explain import explain as explain_artifact
-    from dcompile.explain import pass_times, remarks, show
+    from dcompile.explain.command import explain as explain_artifact
+    from dcompile.explain.command import pass_times, remarks, show
 
     if graph is not None:
-        from dcompile.drawing import draw
-        from dcompile.explain import stage_after
+        from dcompile.explain.command import stage_after
+        from dcompile.explain.graph import draw
         from dcompile.runtime.artifact import open_artifact
 
         draw(stage_after(open_artifact(artifact, verify=False), pass_name), graph)

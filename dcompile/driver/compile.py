@@ -20,7 +20,7 @@ from dcompile.codegen.targets import parse_target
 from dcompile.decoding.rules import Combination, check_together
 from dcompile.driver.pipeline import Record, run
 from dcompile.errors import ConfigError, OptionError
-from dcompile.explain import report
+from dcompile.explain.command import report
 from dcompile.frontends.base import ModelSpec
 from dcompile.ir.program import Program, StepShape
 from dcompile.ir.show import show

@@ -11,9 +11,9 @@ from checkpoints import write_checkpoint
 from rich.console import Console
 
 from dcompile import cli
-from dcompile.drawing import dot
 from dcompile.driver.compile import compile_checkpoint
-from dcompile.explain import _style, explain, kernel_table, pass_times, remarks, stage_after
+from dcompile.explain.command import _style, explain, kernel_table, pass_times, remarks, stage_after
+from dcompile.explain.graph import dot
 from dcompile.options import Options, WatchedOptions
 from dcompile.runtime.artifact import open_artifact
 
@@ -142,7 +142,7 @@ def test_a_diff_is_coloured_on_a_terminal_only(
     terminal = Console(
         force_terminal=True, highlight=False, soft_wrap=True, color_system="standard"
     )
-    monkeypatch.setattr("dcompile.explain.Console", lambda **_: terminal)
+    monkeypatch.setattr("dcompile.explain.command.Console", lambda **_: terminal)
     code, coloured, _ = call(capsys, str(artifact), "fuse_moe")
     assert code == 0 and "\x1b[32m+" in coloured and "\x1b[31m-" in coloured
     assert re.sub(r"\x1b\[\d+m", "", coloured) == plain

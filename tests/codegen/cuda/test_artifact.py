@@ -14,7 +14,7 @@ from checkpoints import FAMILIES, write_checkpoint
 from dcompile.demo import MODEL
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import BuildError, DcompileError, OptionError
-from dcompile.explain import explain
+from dcompile.explain.command import explain
 from dcompile.options import Options
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.loop import Runner

@@ -16,7 +16,7 @@ from dcompile.cost.cuda import described
 from dcompile.cost.launches import Facts, Work, chosen_experts, costs, live_candidates, routers
 from dcompile.cost.occupancy import kernel_resources, occupancy, resident_blocks
 from dcompile.driver.compile import compile_checkpoint
-from dcompile.explain import explain
+from dcompile.explain.command import explain
 from dcompile.options import Options
 from dcompile.runtime.artifact import Artifact, open_artifact
 

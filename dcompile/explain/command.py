@@ -16,8 +16,8 @@ from rich.text import Text
 from dcompile.codegen.backends import Code
 from dcompile.driver.pipeline import Record, run
 from dcompile.errors import ArtifactError, OptionError
+from dcompile.explain.kernels import kernel_table
 from dcompile.ir.program import Program, Remark
-from dcompile.kernel_table import kernel_table
 from dcompile.options import Options, recorded_options
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.caches import cache_policy
