@@ -94,7 +94,7 @@ class Backend(ABC):
 def open_backend(artifact: Artifact, threads: int | None = None) -> Backend:
     """What the artifact was compiled for; raises DcompileError where this machine has no such thing."""
     if artifact.manifest["target"] == "cpu":
-        from dcompile.runtime.launch import Executor
+        from dcompile.runtime.cpu.executor import Executor
 
         return Executor(artifact, threads)
     from dcompile.runtime.cuda.executor import CudaExecutor

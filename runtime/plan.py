@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, Literal
 
 from dcompile.errors import ArtifactError
-from dcompile.runtime.cuda.expressions import Expression
+from dcompile.runtime.expressions import Expression
 from dcompile.runtime.weights import DTYPES
 
 SYMBOLS = ("R", "B")

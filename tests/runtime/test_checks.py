@@ -13,7 +13,7 @@ import toy
 from toy import Toy
 
 from dcompile.errors import ArtifactError
-from dcompile.runtime.abi import read_kernels
+from dcompile.runtime.cpu.abi import read_kernels
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.writing import seal
 

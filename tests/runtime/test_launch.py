@@ -12,9 +12,9 @@ import toy
 from toy import MASK, Toy
 
 from dcompile.errors import ContractError
-from dcompile.runtime import launch as launching
 from dcompile.runtime.artifact import open_artifact, write_artifact
-from dcompile.runtime.launch import Executor
+from dcompile.runtime.cpu import executor as launching
+from dcompile.runtime.cpu.executor import Executor
 from dcompile.runtime.state import KEPT_BINDINGS
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_loop import CACHES, prompts_of
 from toy import Toy
 
-from dcompile.runtime.launch import Executor
+from dcompile.runtime.cpu.executor import Executor
 from dcompile.runtime.loop import Runner
 from dcompile.runtime.turns import repeat
 

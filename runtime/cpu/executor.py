@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 
 from dcompile.errors import ArtifactError, ContractError
-from dcompile.runtime.abi import Kernel, read_kernels
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.backend import Backend
-from dcompile.runtime.checks import check_launches
+from dcompile.runtime.cpu.abi import Kernel, read_kernels
+from dcompile.runtime.cpu.checks import check_launches
 from dcompile.runtime.plan import Launch, Size
 from dcompile.runtime.state import Binding, Memory
 from dcompile.runtime.turns import Bools, Turns, repeat

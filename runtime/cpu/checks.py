@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from dcompile.errors import ArtifactError
-from dcompile.runtime.abi import Kernel, Parameter, Rule
+from dcompile.runtime.cpu.abi import Kernel, Parameter, Rule
 from dcompile.runtime.plan import Launch, Plan, Size, base_of
 from dcompile.runtime.weights import DTYPES
 
