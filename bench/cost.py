@@ -26,7 +26,7 @@ from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.plain import plain_decode
 from dcompile.profile.watch import Timer
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 Decode = Callable[[list[int]], tuple[list[int], int]]
 

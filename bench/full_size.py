@@ -75,7 +75,7 @@ def compile_part(checkpoint: Path, artifact: Path) -> dict[str, float]:
 def run_part(artifact: Path, threads: int) -> dict[str, float]:
     from dcompile.bench.command import prepare, step_inputs
     from dcompile.cost.machine import measure, step_cost, touched_experts
-    from dcompile.runtime.loop import Runner
+    from dcompile.runtime.decode.loop import Runner
 
     start = time.perf_counter()
     runner = Runner.load(artifact, verify=False, threads=threads)

@@ -19,7 +19,7 @@ import torch
 from dcompile.bench.command import prepare, step_inputs
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 BASE = models.Sizes(layers=4, hidden=512, heads=8, experts=16, top_k=2, inner=256, vocab=8192)
 AXES = {

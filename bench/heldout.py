@@ -20,7 +20,7 @@ from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.plain import plain_decode
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 CACHES = ("none", "prefix", "dual", "vicinity", "periodic")
 

@@ -29,7 +29,7 @@ from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.runtime import writing
 from dcompile.runtime.artifact import open_artifact
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 SIZES = {
     "hidden_size": 512,

@@ -30,7 +30,7 @@ from safetensors import safe_open
 
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 VERSION = "0.3.36"
 PROMPT, GENERATED, BLOCK = 128, 64, 32

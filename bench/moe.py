@@ -30,8 +30,8 @@ from dcompile.demo import GEN_LENGTH, MAX_LENGTH, MODEL, heldout
 from dcompile.driver.compile import compile_checkpoint, compile_module
 from dcompile.options import Options
 from dcompile.profile.watch import Observer, Timer
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 
 Limits = Mapping[str, object]
 DROP, REROUTE = "drop", "reroute"

@@ -31,9 +31,9 @@ from dcompile.frontends.base import ModelSpec
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.policies import find_policy
-from dcompile.runtime.caches import cache_policy
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.caches import cache_policy
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 from dcompile.runtime.state import Binding
 
 CACHES: Mapping[str, Mapping[str, object]] = {

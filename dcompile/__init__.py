@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dcompile.driver.compile import compile_model as compile
     from dcompile.options import Options
-    from dcompile.runtime.loop import Runner
+    from dcompile.runtime.decode.loop import Runner
 
     load = Runner.load
 
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> object:
         return Options
     if name in ("Runner", "load"):
         from dcompile.driver.missing_kernels import install
-        from dcompile.runtime.loop import Runner
+        from dcompile.runtime.decode.loop import Runner
 
         install()
         return Runner if name == "Runner" else Runner.load

@@ -31,7 +31,7 @@ from dcompile.ir.stored import dump
 from dcompile.options import Options, recorded_options
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.backend import Backend, open_backend
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.state import Binding
 from dcompile.stages import TOLERANCE, Case, Recorded, Stages, cases, distance
 from dcompile.untrusted import parse_json

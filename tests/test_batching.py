@@ -17,9 +17,9 @@ from quick import compile_quickly
 
 from dcompile import cli
 from dcompile.options import Options
-from dcompile.runtime.caches import cache_policy
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.caches import cache_policy
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 
 SLOTS, LENGTH = 4, 16
 ENDS = tuple(range(0, 128, 16))  # many, so that requests end at different blocks

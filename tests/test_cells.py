@@ -17,9 +17,9 @@ from dcompile.decoding.tables import KINDS, Cell, cells, updated
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.policies import policy_names
-from dcompile.runtime.caches import cache_policy
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.caches import cache_policy
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "decoding.md"
 FAMILY = {True: "llada", False: "sdar"}

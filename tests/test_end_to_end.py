@@ -15,7 +15,7 @@ import dcompile
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import Checkpoint, open_checkpoint
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.verify import verify
 
 FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe")

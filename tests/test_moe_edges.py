@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dcompile
 from dcompile.codegen.cpu import build
 from dcompile.runtime import artifact
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.processor import cpu_flags
 
 MASK = 60

@@ -10,8 +10,8 @@ from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.plain import PlainResult, plain_decode
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 
 BLOCK, THRESHOLD, COUNT = 8, 0.9, 64
 

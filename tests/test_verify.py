@@ -22,7 +22,7 @@ from dcompile.ir import ops
 from dcompile.ir.program import Exactness, Pass, Program
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import write_artifact
 from dcompile.verify import (
     Compiled,

@@ -29,7 +29,7 @@ from dcompile.explain.command import explain, remarks
 from dcompile.frontends.files import open_state_dict
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import seal
 from dcompile.stages import Stages, cases
 from dcompile.verify import (

@@ -20,7 +20,7 @@ from dcompile.errors import DcompileError, OptionError, UnsupportedModel, Verifi
 from dcompile.ir import ops
 from dcompile.ir.program import Program
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.stages import Case as Case_
 from dcompile.stages import Recorded, Stages, Values, cases
 from dcompile.verify import Compiled, compare_layers

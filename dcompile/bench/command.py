@@ -16,7 +16,7 @@ from dcompile.cost.machine import LaunchCost, Machine, measure, step_cost, touch
 from dcompile.errors import OptionError
 from dcompile.options import Options, recorded_options
 from dcompile.runtime.backend import Backend
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.pages import share_in_large
 
 Step = Callable[[Mapping[str, Tensor]], object]

@@ -73,7 +73,7 @@ def run(
     parameters |= {name: float(value) for name, value in named.items() if value is not None}
     asked = prompts_of(prompt, prompt_ids, prompts or queue)
     from dcompile.driver.missing_kernels import install
-    from dcompile.runtime.loop import Runner
+    from dcompile.runtime.decode.loop import Runner
 
     install()
     if not verify and not quiet:
@@ -119,7 +119,7 @@ def calibrate(
     """Find the lowest threshold that agrees with an uncached decode of one token a forward."""
     from dcompile.decoding.calibrate import calibrate as calibrate_runner
     from dcompile.decoding.calibrate import record
-    from dcompile.runtime.loop import Runner
+    from dcompile.runtime.decode.loop import Runner
 
     asked = prompts_of(None, None, prompts)
     with telling(quiet) as progress:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dcompile.runtime.loop import Runner
-    from dcompile.runtime.served import Result
+    from dcompile.runtime.decode.loop import Runner
+    from dcompile.runtime.decode.sequence import Result
 
 
 class Stream:

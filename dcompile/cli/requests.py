@@ -12,8 +12,8 @@ import typer
 from dcompile.errors import RequestError
 
 if TYPE_CHECKING:
-    from dcompile.runtime.loop import Runner
-    from dcompile.runtime.served import Result
+    from dcompile.runtime.decode.loop import Runner
+    from dcompile.runtime.decode.sequence import Result
 
 _DEFAULT_LENGTH = 128
 Prompt = str | list[int]

@@ -9,9 +9,9 @@ from typing import Any
 
 from dcompile.errors import OptionError, RequestError
 from dcompile.runtime.artifact import ArtifactWriter, open_artifact
-from dcompile.runtime.caches import none
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.caches import none
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
 _OWNED = ("format", "files", "sha256")

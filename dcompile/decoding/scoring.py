@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from dcompile.errors import RequestError
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

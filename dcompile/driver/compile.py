@@ -29,7 +29,7 @@ from dcompile.ir.weights import Read, Recipe, Source
 from dcompile.options import Options, WatchedOptions
 from dcompile.policies import Policy, find_policy
 from dcompile.repeat import Run, runs_of
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import ArtifactWriter
 from dcompile.trace import Traced, fake_weights, trace
 

@@ -20,7 +20,7 @@ from dcompile.explain.kernels import kernel_table
 from dcompile.ir.program import Program, Remark
 from dcompile.options import Options, recorded_options
 from dcompile.runtime.artifact import Artifact, open_artifact
-from dcompile.runtime.caches import cache_policy
+from dcompile.runtime.decode.caches import cache_policy
 from dcompile.untrusted import parse_json
 
 REMARKS = ("missed", "passed", "all")

@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 
 from dcompile.decoding.scoring import Scorer
 from dcompile.errors import RequestError
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 
 class Request(Protocol):

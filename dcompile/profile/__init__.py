@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dcompile.profile.collect import Capture, Progress, Request, capture, load_runner
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 __all__ = ["Capture", "profile_artifact"]
 

@@ -19,8 +19,8 @@ from dcompile.errors import ContractError
 from dcompile.profile.watch import Observer, Seen, Timed, Timer, resident_bytes
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.backend import open_backend
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 
 Progress = Callable[[str], None]
 UNKNOWN_RATE = 1e18

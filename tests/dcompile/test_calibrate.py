@@ -19,8 +19,8 @@ from toy import EOS, MASK, VOCAB, Toy
 from dcompile import cli
 from dcompile.decoding.calibrate import Calibration, Trial, calibrate, record
 from dcompile.errors import OptionError, RequestError
-from dcompile.runtime import caches
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode import caches
+from dcompile.runtime.decode.loop import Runner
 
 DRAW = random.Random(11)
 TOKENS = [token for token in range(VOCAB) if token != MASK]

@@ -16,7 +16,7 @@ from dcompile.cost.machine import Cost, Machine, last_cache, measure, step_cost,
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.profile.watch import Observer
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.processor import cpu_flags
 
 NOISE = 1.15  # a bound measured beside other work may itself be a little low

@@ -12,7 +12,7 @@ from dcompile.driver.compile import compile_checkpoint, settle
 from dcompile.errors import DcompileError, OptionError
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_missing_folder_to_write_to(bidirectional: Path, tmp_path: Path) -> No
 
 
 def test_a_policy_of_the_user(bidirectional: Path, tmp_path: Path) -> None:
-    from dcompile.runtime.loop import Runner
+    from dcompile.runtime.decode.loop import Runner
 
     source = "def first(choice, parameters):\n    return choice.candidate.cumsum(-1) == 1\n"
     (tmp_path / "mine.py").write_text(source)

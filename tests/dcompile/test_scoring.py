@@ -14,7 +14,7 @@ from dcompile.driver.compile import compile_checkpoint
 from dcompile.errors import RequestError
 from dcompile.frontends.checkpoint import Checkpoint, open_checkpoint
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 
 @pytest.fixture(scope="module", params=["llada_moe", "dream", "sdar"])

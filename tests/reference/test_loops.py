@@ -24,8 +24,8 @@ from reference_managers import Facts, Made
 from dcompile.decoding.rules import MANAGERS, allowed
 from dcompile.ir import ops
 from dcompile.policies import find_policy, policy_names
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 
 VOCAB, MASK, EOS, BLOCK, LENGTH = 11, 4, 2, 4, 40
 

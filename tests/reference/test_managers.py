@@ -15,8 +15,8 @@ from reference_managers import Facts, Held, Logits, Made, Model, SoftModel
 
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 
 LENGTH = 16
 ENDS = tuple(range(0, 128, 24))

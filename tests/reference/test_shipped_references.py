@@ -14,7 +14,7 @@ from reference_managers import Facts, Logits
 from dcompile.demo import MODEL, heldout
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 LENGTH = 16
 

@@ -20,7 +20,7 @@ from toy import Toy
 from dcompile.errors import ArtifactError
 from dcompile.runtime import artifact as reading
 from dcompile.runtime.artifact import Artifact, open_artifact
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import seal
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcompile.errors import OptionError
-from dcompile.runtime import caches
-from dcompile.runtime.caches import Moment, cache_policy
+from dcompile.runtime.decode import caches
+from dcompile.runtime.decode.caches import Moment, cache_policy
 
 BOTH = ["none"]
 BIDIRECTIONAL = ["prefix", "dual", "vicinity", "periodic", "active"]

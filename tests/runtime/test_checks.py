@@ -14,7 +14,7 @@ from toy import Toy
 
 from dcompile.errors import ArtifactError
 from dcompile.runtime.cpu.abi import read_kernels
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import seal
 
 Json = dict[str, Any]

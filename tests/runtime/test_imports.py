@@ -20,7 +20,7 @@ def loaded(module: str) -> str:
 
 
 def test_the_loop_loads_no_compiler() -> None:
-    assert loaded("dcompile.runtime.loop") == "['errors', 'runtime', 'untrusted'] [] True"
+    assert loaded("dcompile.runtime.decode.loop") == "['errors', 'runtime', 'untrusted'] [] True"
 
 
 def test_the_command_line_loads_no_torch() -> None:

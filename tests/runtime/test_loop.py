@@ -17,7 +17,7 @@ from toy import EOS, MASK, VOCAB, Toy
 
 from dcompile.errors import ContractError, OptionError, RequestError
 from dcompile.runtime.artifact import write_artifact
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.state import Binding
 
 CACHES = [

@@ -16,7 +16,7 @@ from toy import Toy
 
 from dcompile.errors import ArtifactError
 from dcompile.runtime.artifact import open_artifact
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import ArtifactWriter
 
 

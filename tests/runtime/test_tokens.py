@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy import MASK, Toy
 
 from dcompile.errors import ArtifactError, RequestError
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 WORDS = ["<s>", "</s>", "<eos>", "a", "b", "c", "user", "<mask>", ":", "assistant"]
 

@@ -13,7 +13,7 @@ from test_loop import CACHES, prompts_of
 from toy import Toy
 
 from dcompile.runtime.cpu.executor import Executor
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.turns import repeat
 
 

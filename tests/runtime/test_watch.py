@@ -10,7 +10,7 @@ import toy
 from toy import MASK, Toy
 
 from dcompile.profile.watch import Observer, Timer
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 PROMPTS = [[1, 3, 5], [4], [9, 9, 9, 9, 1]]
 ARGUMENTS = {"gen_length": 12, "threshold": 0.7, "early_stop": False}

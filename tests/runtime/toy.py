@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dcompile.runtime.artifact import write_artifact
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 VOCAB, MASK, EOS = 23, 7, 2
 M64 = (1 << 64) - 1

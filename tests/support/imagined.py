@@ -12,7 +12,7 @@ import torch
 
 from dcompile.choosing import Blocks, write_tokens
 from dcompile.policies import Policy
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.state import Memory
 from dcompile.runtime.turns import Bools, Turns, repeat

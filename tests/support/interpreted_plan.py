@@ -22,7 +22,7 @@ import torch
 from dcompile.codegen.cuda.lower import CudaLowered
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.backend import Backend
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.plan import Launch, Plan
 from dcompile.runtime.state import Binding, Memory
 from dcompile.runtime.turns import Bools, Turns, repeat

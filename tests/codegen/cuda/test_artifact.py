@@ -17,7 +17,7 @@ from dcompile.errors import BuildError, DcompileError, OptionError
 from dcompile.explain.command import explain
 from dcompile.options import Options
 from dcompile.runtime.artifact import Artifact, open_artifact
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 LAUNCHES_A_LAYER = 10
 

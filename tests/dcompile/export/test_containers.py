@@ -13,7 +13,7 @@ from dcompile.errors import ArtifactError, OptionError, OutputError
 from dcompile.export.command import Asked, export
 from dcompile.export.containers import repack
 from dcompile.runtime.archive import MANIFEST
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import seal
 
 

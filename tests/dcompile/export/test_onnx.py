@@ -22,7 +22,7 @@ from dcompile.export.onnx_file import write_onnx
 from dcompile.export.source import open_source
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 # Between them these have all that the others have: experts of both kinds, shift, biases, block-causal masks.
 FAMILIES = [
@@ -157,7 +157,7 @@ def test_every_cache_chooses_our_rows(make: Any, options: dict[str, Any]) -> Non
     step = run_onnx.Step(onnx_of(made), threads=1)
     step.facts["loop"].update(options)
     runner = Runner.load(made.artifact)
-    from dcompile.runtime.caches import cache_policy
+    from dcompile.runtime.decode.caches import cache_policy
 
     runner.cache = cache_policy(options, None)
     for prompt in PROMPTS:
@@ -174,7 +174,7 @@ def test_the_full_entry_needs_no_keys(make: Any) -> None:
     step = run_onnx.Step(path, threads=1)
     assert not any(name.startswith(("keys", "values", "positions")) for name in step.inputs)
     runner = Runner.load(made.artifact)
-    from dcompile.runtime.caches import none
+    from dcompile.runtime.decode.caches import none
 
     runner.cache = none
     for prompt in PROMPTS:

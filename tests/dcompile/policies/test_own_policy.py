@@ -15,7 +15,7 @@ from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.plain import plain_decode
 from dcompile.policies import find_policy, policy_names
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "my_policy.py"
 

@@ -12,7 +12,7 @@ from dcompile.demo import MODEL, heldout
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.profile.watch import Timed, Timer
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 LIMIT, PAIRS, ATTEMPTS = 0.05, 20, 5
 

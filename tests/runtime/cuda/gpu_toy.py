@@ -16,7 +16,7 @@ from toy import Toy
 
 from dcompile.runtime.artifact import open_artifact, write_artifact
 from dcompile.runtime.cuda.executor import CudaExecutor
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 POINTERS = {"i64": "*i64", "f32": "*fp32", "bool": "*i1", "i32": "*i32"}
 ADVANCE = ("*i1", "*i64", "*i64", "*i32", "*i64", "*i32", "*i32", "*i32", "i32")

@@ -16,8 +16,8 @@ from test_loop import CACHES, prompts_of
 from toy import MASK, Toy
 
 from dcompile.runtime.cuda.executor import CudaExecutor
-from dcompile.runtime.loop import Runner
-from dcompile.runtime.served import Result
+from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.sequence import Result
 from dcompile.runtime.state import KEPT_BINDINGS
 
 OnGpu = Callable[[Toy], FakeCuda]

@@ -24,7 +24,7 @@ from dcompile.runtime.cuda.driver import CopyNode, Driver, GraphNode, KernelNode
 from dcompile.runtime.cuda.executor import CudaExecutor
 from dcompile.runtime.cuda.graphs import packed
 from dcompile.runtime.cuda.table import Argument, layout
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 Json = dict[str, Any]
 

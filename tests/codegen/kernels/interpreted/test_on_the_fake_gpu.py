@@ -16,7 +16,7 @@ from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.cuda.executor import CudaExecutor
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 assert interpreter
 PROMPTS = [[1, 2, 3, 4, 5], [3, 1, 4]]

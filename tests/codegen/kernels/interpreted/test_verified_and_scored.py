@@ -21,7 +21,7 @@ from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.cuda import driver
 from dcompile.runtime.cuda.executor import CudaExecutor
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import write_artifact
 from dcompile.verify import verify
 

@@ -13,7 +13,7 @@ from interpreted_plan import open_interpreted
 
 from dcompile.driver.compile import compile_checkpoint, compile_module
 from dcompile.options import Options
-from dcompile.runtime.loop import Runner
+from dcompile.runtime.decode.loop import Runner
 
 assert interpreter
 PROMPTS = [[1, 2, 3, 4, 5], [3, 1, 4]]

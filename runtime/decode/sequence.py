@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 
-from dcompile.runtime.pipelined import Block, Pipeline
+from dcompile.runtime.decode.pipelined import Block, Pipeline
 
 Ints = npt.NDArray[np.int64]
 OnBlock = Callable[[int, list[int]], None]

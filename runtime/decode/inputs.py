@@ -10,11 +10,11 @@ import torch
 from dcompile.errors import ArtifactError
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.backend import Backend
-from dcompile.runtime.pipelined import Block
+from dcompile.runtime.decode.pipelined import Block
+from dcompile.runtime.decode.requests import Limits
+from dcompile.runtime.decode.sequence import Ints, Served
+from dcompile.runtime.decode.smoothing import soft_weight
 from dcompile.runtime.plan import Plan, Size
-from dcompile.runtime.requests import Limits
-from dcompile.runtime.served import Ints, Served
-from dcompile.runtime.smoothing import soft_weight
 from dcompile.runtime.state import Binding
 
 _ROWS = ("row_seq", "row_pos", "row_limit")

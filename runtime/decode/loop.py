@@ -15,7 +15,7 @@ import torch
 from dcompile.errors import ArtifactError, ContractError
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.backend import Backend, open_backend
-from dcompile.runtime.caches import (
+from dcompile.runtime.decode.caches import (
     CachePolicy,
     Moment,
     Rows,
@@ -24,11 +24,17 @@ from dcompile.runtime.caches import (
     reads_tokens,
     stores_blocks,
 )
-from dcompile.runtime.inputs import canvas_of, check_inputs, fill_block, fill_rows, policy_state
-from dcompile.runtime.pipelined import Block, Pipeline
-from dcompile.runtime.requests import Limits, check_seed, check_temperature, stream
-from dcompile.runtime.served import Call, Ints, OnBlock, OnResult, Result, Served
-from dcompile.runtime.smoothing import soft_threshold
+from dcompile.runtime.decode.inputs import (
+    canvas_of,
+    check_inputs,
+    fill_block,
+    fill_rows,
+    policy_state,
+)
+from dcompile.runtime.decode.pipelined import Block, Pipeline
+from dcompile.runtime.decode.requests import Limits, check_seed, check_temperature, stream
+from dcompile.runtime.decode.sequence import Call, Ints, OnBlock, OnResult, Result, Served
+from dcompile.runtime.decode.smoothing import soft_threshold
 from dcompile.runtime.state import Binding
 from dcompile.runtime.tokens import Tokenizer
 from dcompile.runtime.turns import Bools, Turns, repeat

@@ -1,0 +1,1 @@
+"""A generation: requests, sequences, rows, blocks."""
