@@ -24,9 +24,9 @@ from dcompile.demo import GEN_LENGTH, MAX_LENGTH, MODEL, heldout
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-from dcompile.plain import plain_decode
 from dcompile.profile.watch import Timer
 from dcompile.runtime.decode.loop import Runner
+from dcompile.step.plain_decode import plain_decode
 
 Decode = Callable[[list[int]], tuple[list[int], int]]
 

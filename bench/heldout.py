@@ -19,8 +19,8 @@ from dcompile.demo import GEN_LENGTH, MAX_LENGTH, MODEL, heldout
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-from dcompile.plain import plain_decode
 from dcompile.runtime.decode.loop import Runner
+from dcompile.step.plain_decode import plain_decode
 
 CACHES = ("none", "prefix", "dual", "vicinity", "periodic")
 

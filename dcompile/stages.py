@@ -15,7 +15,7 @@ from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Exactness, Pass, Program, Stage, StepShape
 from dcompile.ir.weights import Read
-from dcompile.trace import logits_of
+from dcompile.step.trace import logits_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of a norm, in one step: what order of additions may change at the dtype's precision."""

@@ -27,7 +27,7 @@ from dcompile.ir.program import StepShape
 from dcompile.ir.weights import Source
 from dcompile.options import Options
 from dcompile.policies import find_policy
-from dcompile.trace import Traced, trace
+from dcompile.step.trace import Traced, trace
 
 MASK = 99
 COMMON = {

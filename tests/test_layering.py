@@ -56,7 +56,7 @@ def test_the_runtime_loads_no_compiler() -> None:
     code = (
         "import sys, dcompile.runtime.loop; "
         "print([m for m in sys.modules if m.startswith(('dcompile.passes', 'dcompile.codegen', "
-        "'dcompile.frontends', 'dcompile.ir', 'dcompile.trace', 'transformers', 'torch._inductor'))])"
+        "'dcompile.frontends', 'dcompile.ir', 'dcompile.step.trace', 'transformers', 'torch._inductor'))])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -9,9 +9,9 @@ from dcompile.demo import GEN_LENGTH, MODEL, Example, heldout
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-from dcompile.plain import PlainResult, plain_decode
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.decode.sequence import Result
+from dcompile.step.plain_decode import PlainResult, plain_decode
 
 BLOCK, THRESHOLD, COUNT = 8, 0.9, 64
 

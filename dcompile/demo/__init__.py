@@ -14,9 +14,9 @@ import typer
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-from dcompile.plain import plain_decode
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.decode.sequence import Result
+from dcompile.step.plain_decode import plain_decode
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"

@@ -28,10 +28,10 @@ from dcompile.ir.stored import dump
 from dcompile.ir.weights import Read, Recipe, Source
 from dcompile.options import Options, WatchedOptions
 from dcompile.policies import Policy, find_policy
-from dcompile.repeat import Run, runs_of
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import ArtifactWriter
-from dcompile.trace import Traced, fake_weights, trace
+from dcompile.step.repeat_layers import Run, runs_of
+from dcompile.step.trace import Traced, fake_weights, trace
 
 log = logging.getLogger(__name__)
 

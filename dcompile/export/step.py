@@ -29,7 +29,7 @@ from dcompile.ir import ops
 from dcompile.ir.show import target_name
 from dcompile.ir.sizes import evaluate
 from dcompile.ir.stored import StoredInput, StoredProgram
-from dcompile.trace import fake_weights
+from dcompile.step.trace import fake_weights
 
 aten = torch.ops.aten
 Entry = Literal["window", "full"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcompile.errors import DataDependentShape
-from dcompile.loops import traceable
+from dcompile.step.expert_loops import traceable
 
 WEIGHT = torch.randn(8, 8)
 

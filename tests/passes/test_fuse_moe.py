@@ -20,9 +20,9 @@ from dcompile.driver.pipeline import clean_up
 from dcompile.ir import ops
 from dcompile.ir.contract import verify
 from dcompile.ir.program import Program
-from dcompile.loops import traceable
 from dcompile.passes.canonicalize import Canonicalize
 from dcompile.passes.fuse_moe import FuseMoE
+from dcompile.step.expert_loops import traceable
 
 aten = torch.ops.aten
 USUAL = Sizes()

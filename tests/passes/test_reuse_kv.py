@@ -21,7 +21,7 @@ from dcompile.passes.canonicalize import Canonicalize
 from dcompile.passes.fold_constants import FoldConstants
 from dcompile.passes.reuse_kv import ReuseKV
 from dcompile.policies import find_policy
-from dcompile.trace import Traced, trace
+from dcompile.step.trace import Traced, trace
 
 VOCAB, MASK, POSITIONS, BLOCK = 61, 60, 48, 4
 

@@ -18,7 +18,7 @@ from dcompile.ir.sizes import size_of
 from dcompile.ir.weights import Source
 from dcompile.options import Options
 from dcompile.policies import find_policy
-from dcompile.trace import Traced, trace
+from dcompile.step.trace import Traced, trace
 
 aten = torch.ops.aten
 POSITIONS, BLOCK = 40, 4

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_policies import REFERENCES, Memory, Seen, choose, iterate
 
-from dcompile.choosing import Blocks, write_tokens
 from dcompile.decoding.rules import allowed
 from dcompile.ir import noise, ops
-from dcompile.plain import fresh_state
 from dcompile.policies import Policy, find_policy, policy_names
+from dcompile.step.choose import Blocks, write_tokens
+from dcompile.step.plain_decode import fresh_state
 
 VOCAB, MASK = 11, 4
 NAMES = [name for name in REFERENCES if name != "likelihood"]

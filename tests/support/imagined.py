@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dcompile.choosing import Blocks, write_tokens
 from dcompile.policies import Policy
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.state import Memory
 from dcompile.runtime.turns import Bools, Turns, repeat
+from dcompile.step.choose import Blocks, write_tokens
 
 Model = Callable[[list[int], int], npt.NDArray[np.float32]]
 """Tokens that a position sees, and its place -> logits [V]."""

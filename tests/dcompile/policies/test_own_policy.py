@@ -13,9 +13,9 @@ from quick import compile_quickly
 from dcompile.errors import OptionError
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-from dcompile.plain import plain_decode
 from dcompile.policies import find_policy, policy_names
 from dcompile.runtime.decode.loop import Runner
+from dcompile.step.plain_decode import plain_decode
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "my_policy.py"
 

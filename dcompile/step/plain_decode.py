@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dcompile.choosing import Blocks, write_tokens
 from dcompile.frontends.base import ModelSpec
 from dcompile.policies import Policy, find_policy
+from dcompile.step.choose import Blocks, write_tokens
 
 
 @dataclass(frozen=True)

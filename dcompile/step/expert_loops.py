@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dcompile.picked import Hit, Mask, Picked, apply, look_up, refuse, unknown
+from dcompile.step.masked_values import Hit, Mask, Picked, apply, look_up, refuse, unknown
 
 
 class MaskedLoops(TorchFunctionMode):

@@ -16,16 +16,16 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dcompile.choosing import Blocks, write_tokens
 from dcompile.errors import DataDependentShape, DcompileError, UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.meta import KEY, Facts
 from dcompile.ir.program import Input, Output, Program, StepShape
 from dcompile.ir.weights import Recipe
-from dcompile.loops import traceable
 from dcompile.policies import Policy
-from dcompile.repeat import Run, repeat_layers
-from dcompile.smoothing import STATE, embeddings, softened
+from dcompile.step.choose import Blocks, write_tokens
+from dcompile.step.expert_loops import traceable
+from dcompile.step.repeat_layers import Run, repeat_layers
+from dcompile.step.smoothing import STATE, embeddings, softened
 
 # Example sizes: different from each other and from common model sizes, so that no two get confused.
 EXAMPLE_ROWS, EXAMPLE_BATCH = 43, 3
