@@ -16,7 +16,7 @@ from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import Checkpoint, open_checkpoint
 from dcompile.options import Options
 from dcompile.runtime.decode.loop import Runner
-from dcompile.verify import verify
+from dcompile.verify.command import verify
 
 FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe")
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 11, [3, 1, 4, 1, 5, 9, 2, 6], [8]]

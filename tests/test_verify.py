@@ -24,7 +24,7 @@ from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import write_artifact
-from dcompile.verify import (
+from dcompile.verify.command import (
     Compiled,
     compare_layers,
     compare_plan,

@@ -31,14 +31,14 @@ from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import seal
-from dcompile.stages import Stages, cases
-from dcompile.verify import (
+from dcompile.verify.command import (
     Compiled,
     compare_layers,
     compare_plan,
     compare_tensors,
     compile_again,
 )
+from dcompile.verify.stages import Stages, cases
 from fuzzing.children import Outcome, run_case
 
 Case = dict[str, Any]

@@ -21,9 +21,9 @@ from dcompile.ir import ops
 from dcompile.ir.program import Program
 from dcompile.options import Options
 from dcompile.runtime.decode.loop import Runner
-from dcompile.stages import Case as Case_
-from dcompile.stages import Recorded, Stages, Values, cases
-from dcompile.verify import Compiled, compare_layers
+from dcompile.verify.command import Compiled, compare_layers
+from dcompile.verify.stages import Case as Case_
+from dcompile.verify.stages import Recorded, Stages, Values, cases
 from fuzzing.children import Outcome, run_case
 from fuzzing.edits import copied, edit
 from fuzzing.models import Spec, build, draw, simpler

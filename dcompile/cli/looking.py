@@ -106,7 +106,7 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Compare an artifact with its checkpoint: each pass, each stored value, each layer."""
-    from dcompile.verify import verify as verify_artifact
+    from dcompile.verify.command import verify as verify_artifact
 
     with telling(quiet) as progress:
         progress("loading")

@@ -23,7 +23,7 @@ from dcompile.runtime.cuda import driver
 from dcompile.runtime.cuda.executor import CudaExecutor
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.writing import write_artifact
-from dcompile.verify import verify
+from dcompile.verify.command import verify
 
 assert interpreter
 GIVEN = Options(max_length=16, batch=2, block_length=4, cache="none", policy="likelihood")

@@ -33,9 +33,9 @@ from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.backend import Backend, open_backend
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.state import Binding
-from dcompile.stages import TOLERANCE, Case, Recorded, Stages, cases, distance
 from dcompile.untrusted import parse_json
-from dcompile.verify_kernels import compare_kernels
+from dcompile.verify.kernels import compare_kernels
+from dcompile.verify.stages import TOLERANCE, Case, Recorded, Stages, cases, distance
 
 if TYPE_CHECKING:
     from dcompile.codegen.cuda.lower import CudaLowered

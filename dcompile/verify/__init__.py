@@ -1,0 +1,1 @@
+"""Finds where an artifact departs from its model."""
