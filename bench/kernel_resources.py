@@ -39,8 +39,9 @@ from dcompile.codegen.targets import parse_target
 from dcompile.codegen.triton import gate
 from dcompile.codegen.triton.aot import Compiled, compile_variants, compiler_version
 from dcompile.codegen.triton.tiles import ARCHITECTURES
-from dcompile.driver.compile import open_origin, settle, trace_origin
+from dcompile.driver.origin import open_origin, trace_origin
 from dcompile.driver.pipeline import run
+from dcompile.driver.settle import settle
 from dcompile.options import Options
 
 COLUMNS = ("registers", "spilled", "shared", "tensor ops", "128-bit loads", "cubin KB")

@@ -9,7 +9,9 @@ import torch
 from checkpoints import write_checkpoint
 
 import dcompile
-from dcompile.driver.compile import compile_checkpoint, open_origin, settle, trace_origin
+from dcompile.driver.compile import compile_checkpoint
+from dcompile.driver.origin import open_origin, trace_origin
+from dcompile.driver.settle import settle
 from dcompile.options import Options
 
 FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe")

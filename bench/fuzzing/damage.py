@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from checkpoints import write_checkpoint, write_model_pt
 
-from dcompile.driver.compile import compile_checkpoint, open_origin
+from dcompile.driver.compile import compile_checkpoint
+from dcompile.driver.origin import open_origin
 from dcompile.errors import DcompileError, VerificationError
 from dcompile.explain.command import explain, remarks
 from dcompile.frontends.files import open_state_dict

@@ -13,9 +13,12 @@ import torch
 
 from dcompile.codegen.cpu.lower import lower
 from dcompile.codegen.targets import parse_target
-from dcompile.driver.compile import _of_module as origin_of_module
-from dcompile.driver.compile import compile_module, manifest_facts, settle, trace_origin
+from dcompile.driver.compile import compile_module
+from dcompile.driver.manifest import manifest_facts
+from dcompile.driver.origin import of_module as origin_of_module
+from dcompile.driver.origin import trace_origin
 from dcompile.driver.pipeline import run
+from dcompile.driver.settle import settle
 from dcompile.errors import DcompileError, OptionError, UnsupportedModel, VerificationError
 from dcompile.ir import ops
 from dcompile.ir.program import Program

@@ -13,8 +13,9 @@ from checkpoints import SHAPES, make_config
 from torch import Tensor
 
 from dcompile.codegen.backends import Code, backend_of
-from dcompile.driver.compile import Origin, open_origin, settle, trace_origin
+from dcompile.driver.origin import Origin, open_origin, trace_origin
 from dcompile.driver.pipeline import run
+from dcompile.driver.settle import settle
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
 from dcompile.options import Options

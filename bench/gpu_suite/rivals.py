@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcompile.bench.eager import BODIES, BY_HAND
-from dcompile.driver.compile import trace_origin
+from dcompile.driver.origin import trace_origin
 from dcompile.driver.pipeline import run
 from dcompile.ir import ops
 from dcompile.ir.edit import value

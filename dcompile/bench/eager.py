@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcompile.driver.compile import open_origin, settle, trace_origin
+from dcompile.driver.origin import open_origin, trace_origin
 from dcompile.driver.pipeline import run
+from dcompile.driver.settle import settle
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program

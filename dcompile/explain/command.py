@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from dcompile.codegen.backends import Code
-from dcompile.driver.pipeline import Record, run
+from dcompile.driver.pipeline import run
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.explain.kernels import kernel_table
-from dcompile.ir.program import Program, Remark
+from dcompile.ir.program import Remark
 from dcompile.options import Options, recorded_options
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.decode.caches import cache_policy
@@ -26,34 +24,6 @@ from dcompile.untrusted import parse_json
 REMARKS = ("missed", "passed", "all")
 REMARKS_FILE = "remarks.json"
 READ_AT_LOAD = ("target", "threads")
-
-
-def report(program: Program, code: Code, records: list[Record]) -> str:
-    """Passes with counts, kernels with counts, memory, launches a layer, remarks; no times, so that
-    the same compile gives the same bytes."""
-    lines = ["pass                    places   nodes before   after"]
-    for r in records:
-        lines.append(f"{r.name:24}{r.changed:6}{r.nodes_before:15}{r.nodes_after:8}")
-    lines += ["", "kernel                                   launches"]
-    for kernel, count in Counter(item.kernel for item in code.launches).most_common():
-        lines.append(f"{kernel:40}{count:9}")
-    per_layer = Counter(
-        item["layer"] for item in code.plan["launches"] if item["layer"] is not None
-    )
-    lines.append("")
-    lines.append(
-        f"launches  {len(code.launches)}, at most {max(per_layer.values(), default=0)} a layer"
-    )
-    lines.append(f"regions   {len(code.plan['regions'])}")
-    lines.append(f"slots     {code.plan['slots']} for {_slot_values(code)} values")
-    if missed := [r for r in program.remarks if r.kind == "missed"]:
-        lines += ["", "not done"]
-        lines += [f"{r.pass_name}  {r.where}: {r.text}" for r in missed]
-    return "\n".join(lines) + "\n"
-
-
-def _slot_values(code: Code) -> int:
-    return sum(b["place"]["kind"] == "slot" for b in code.plan["buffers"])
 
 
 def explain(path: str | Path, pass_name: str | None = None) -> str:
@@ -165,7 +135,8 @@ def _diff(artifact: Artifact, stages: list[str], at: int) -> str:
 def pass_times(path: str | Path, checkpoint: Path) -> str:
     """The passes run again over the checkpoint's graph, timed: an artifact holds no times, so that
     the same compile gives the same bytes."""
-    from dcompile.driver.compile import open_origin, settle, trace_origin
+    from dcompile.driver.origin import open_origin, trace_origin
+    from dcompile.driver.settle import settle
 
     recorded = open_artifact(Path(path), verify=False).manifest["options"]
     given = recorded_options(recorded, str(path))

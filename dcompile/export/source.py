@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from dcompile.codegen.cpu.pack import packed_size, unpack_linear
-from dcompile.driver.compile import manifest_facts, open_origin, settle, trace_origin
+from dcompile.driver.manifest import manifest_facts
+from dcompile.driver.origin import open_origin, trace_origin
 from dcompile.driver.pipeline import run
+from dcompile.driver.settle import settle
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.export.containers import is_artifact
 from dcompile.ir import stored

@@ -16,15 +16,10 @@ from dcompile.codegen.backends import lower_cuda
 from dcompile.codegen.cpu.lower import Lowered, lower, stored_tensors
 from dcompile.codegen.launches import Launch, Value
 from dcompile.codegen.targets import Target, parse_target
-from dcompile.driver.compile import (
-    Origin,
-    Progress,
-    manifest_facts,
-    open_origin,
-    settle,
-    trace_origin,
-)
+from dcompile.driver.manifest import manifest_facts
+from dcompile.driver.origin import Origin, Progress, open_origin, trace_origin
 from dcompile.driver.pipeline import run
+from dcompile.driver.settle import settle
 from dcompile.errors import DeviceError, VerificationError, WrongArchitecture
 from dcompile.ir.program import Program
 from dcompile.ir.stored import dump

@@ -8,7 +8,8 @@ import pytest
 from checkpoints import write_checkpoint
 from quick import compile_quickly
 
-from dcompile.driver.compile import compile_checkpoint, settle
+from dcompile.driver.compile import compile_checkpoint
+from dcompile.driver.settle import settle
 from dcompile.errors import DcompileError, OptionError
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options

@@ -1,0 +1,147 @@
+"""Where a model comes from: what a checkpoint or a module is, and how it is traced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dcompile.errors import ConfigError
+from dcompile.frontends.base import ModelSpec
+from dcompile.ir.program import Program, StepShape
+from dcompile.ir.weights import Read, Recipe, Source
+from dcompile.options import Options
+from dcompile.policies import find_policy
+from dcompile.step.repeat_layers import Run, runs_of
+from dcompile.step.trace import Traced, fake_weights, trace
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: its facts, how to trace it, and its tensors."""
+
+    spec: ModelSpec
+    recipes: Mapping[str, Recipe]
+    read: Read
+    runs: tuple[Run, ...]
+    build: Callable[[], nn.Module]
+    tokenizer: Mapping[str, bytes]
+    digest: str
+
+
+def open_origin(path: Path, options: Options) -> Origin:
+    """What a checkpoint is, without reading its tensors."""
+    if path.suffix == ".pt2":
+        from dcompile.frontends.exported import open_exported
+
+        return of_module(open_exported(path), options)
+    from dcompile.frontends.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path, mask_id=options.mask_id)
+    spec = checkpoint.spec
+    if options.eos_ids is not None:
+        spec = replace(spec, eos_ids=options.eos_ids)
+    runs = runs_of(spec.layer_kinds)
+
+    def build_traced() -> nn.Module:
+        return checkpoint.build([r.layers[0] for r in runs])
+
+    return Origin(
+        spec,
+        checkpoint.recipes,
+        checkpoint.read,
+        runs,
+        build_traced,
+        checkpoint.tokenizer_files(),
+        checkpoint.digest(),
+    )
+
+
+def of_module(module: nn.Module, options: Options) -> Origin:
+    if options.mask_id is None:
+        raise ConfigError("a module does not say its mask token", remedy="--mask-id / mask_id=...")
+    # An exported program has no modes; it was exported in the one that it has.
+    if not isinstance(module, torch.fx.GraphModule):
+        module.eval()
+    # Tied weights keep all their names.
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    tensors = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+    floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    spec = ModelSpec(
+        family="module",
+        vocab_size=0,
+        mask_id=options.mask_id,
+        eos_ids=options.eos_ids or (),
+        max_positions=None,
+        block_length=None,
+        shift=False,
+        dtype=max(set(floating), key=floating.count) if floating else torch.float32,
+        layer_kinds=(),
+        defaults={},
+    )
+    recipes = {name: Source(name) for name in parameters}
+    return Origin(
+        spec, recipes, lambda name: tensors[name].detach(), (), lambda: module, {}, "module"
+    )
+
+
+def trace_origin(
+    origin: Origin, options: Options, dtype: torch.dtype, progress: Progress
+) -> Program:
+    """Trace with settled options; layers of one kind once, without their weights."""
+    progress("trace")
+    spec = origin.spec
+    assert options.max_length is not None and options.block_length is not None and options.policy
+    shape = StepShape(
+        slots=options.batch,
+        positions=options.max_length,
+        block_length=options.block_length,
+        mask_id=spec.mask_id,
+        dtype=dtype,
+        shift=spec.shift,
+        blocks=_blocks(options),
+    )
+    policy = find_policy(options.policy, options.score)
+    pipelined = options.manager == "pipelined"
+    smoothing = options.smoothing is not None
+    wanted = Traced(shape, policy, origin.recipes, origin.runs, pipelined, smoothing)
+    if not origin.runs:
+        module = origin.build()
+        return trace(module if dtype == spec.dtype else _in_dtype(module, dtype), wanted)
+    with fake_weights():
+        module = origin.build()
+        module.eval()
+        return trace(module if dtype == spec.dtype else _in_dtype(module, dtype), wanted)
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy that computes in `dtype`: `module.to` would change the user's, and fails on fake tensors."""
+    made: dict[int, object] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        held = tensor.detach()
+        held = held.to(dtype) if held.is_floating_point() else held
+        kept = isinstance(tensor, nn.Parameter)
+        made[id(tensor)] = nn.Parameter(held, requires_grad=False) if kept else held
+    try:
+        return copy.deepcopy(module, made)
+    except (TypeError, RuntimeError) as error:
+        name = str(dtype).removeprefix("torch.")
+        what = (
+            f"the module cannot be copied to compute in {name}: {str(error).partition(chr(10))[0]}"
+        )
+        remedy = f"convert it before, module.to(torch.{name}), or leave --dtype out"
+        raise ConfigError(what, remedy=remedy) from error
+
+
+def _blocks(options: Options) -> int:
+    """How many blocks of a sequence may be undecided at a time: in a pipeline, all where unsaid."""
+    assert options.max_length is not None and options.block_length is not None
+    if options.manager != "pipelined":
+        return 1
+    return options.max_blocks or -(-options.max_length // options.block_length)
