@@ -32,7 +32,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 from native import Library, Value, pack_args
 
-from dcompile.codegen.cpu import build, pack
+from dcompile.codegen import pack
+from dcompile.codegen.cpu import build
 from dcompile.cost.machine import Machine, measure
 from dcompile.runtime.archive import map_file
 from dcompile.runtime.processor import cpu_flags

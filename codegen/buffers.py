@@ -7,10 +7,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from dcompile.codegen.cpu.emit import base
-from dcompile.codegen.cpu.pack import packed_size
-from dcompile.codegen.cpu.schedule import Schedule
-from dcompile.codegen.launches import Scratch, Value
+from dcompile.codegen.launches import Schedule, Scratch, Value, base
+from dcompile.codegen.pack import packed_size
 from dcompile.codegen.triton.variant import ITEM_BYTES
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.state import Binding
 from dcompile.runtime.turns import Turns
@@ -89,14 +88,3 @@ class Backend(ABC):
         self.launch(binding, seconds)
         names = [launch.name for launch in self.plan.launches]
         return list(zip(names, seconds.tolist(), strict=True))
-
-
-def open_backend(artifact: Artifact, threads: int | None = None) -> Backend:
-    """What the artifact was compiled for; raises DcompileError where this machine has no such thing."""
-    if artifact.manifest["target"] == "cpu":
-        from dcompile.runtime.cpu.executor import Executor
-
-        return Executor(artifact, threads)
-    from dcompile.runtime.cuda.executor import CudaExecutor
-
-    return CudaExecutor(artifact)

@@ -17,7 +17,7 @@ from dcompile.codegen.cpu.pointwise import (
     literal,
     op_name,
 )
-from dcompile.codegen.launches import Argument, Int, Launch, Value
+from dcompile.codegen.launches import RESHAPE, Argument, Int, Launch, Value, base
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
@@ -25,7 +25,6 @@ from dcompile.ir.show import SHORT, show_node
 from dcompile.ir.sizes import shape_of, size_of
 
 aten = torch.ops.aten
-RESHAPE = aten.reshape.default
 
 # name: (start, step); {v} the element, {acc} the running value
 REDUCE = {
@@ -92,13 +91,6 @@ def _is_state(node: object) -> bool:
 def _dtypes(node: Node) -> set[torch.dtype]:
     values = (n.meta["val"] for n in (node, *node.all_input_nodes))
     return {v.dtype for v in values if isinstance(v, torch.Tensor)}
-
-
-def base(node: Node) -> Node:
-    """What is in memory behind a reshape."""
-    while node.target is RESHAPE:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 @dataclass

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
-from dcompile.codegen.cpu.emit import Group, base, can_emit, emit_group
-from dcompile.codegen.cpu.select import select, strided
-from dcompile.codegen.launches import Launch
+from dcompile.codegen.cpu.emit import Group, can_emit, emit_group
+from dcompile.codegen.cpu.select import select
+from dcompile.codegen.launches import Launch, Schedule, base, strided
 from dcompile.errors import UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.program import Program
@@ -18,16 +17,6 @@ from dcompile.ir.show import show_node, target_name
 
 aten = torch.ops.aten
 VIEWS = (aten.reshape.default, operator.getitem)
-
-
-@dataclass
-class Schedule:
-    """Launches in order, and the source of the functions that were emitted for them."""
-
-    launches: list[Launch] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)
-    touches: dict[str, str] = field(default_factory=dict)  # by emitted function; see Launch
-    aliases: dict[Node, Node] = field(default_factory=dict)  # an updated value -> its state
 
 
 def schedule(program: Program) -> Schedule:

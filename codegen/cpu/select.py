@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
 from torch.fx import Node
 
-from dcompile.codegen.launches import Argument, Float, Int, Launch, Value
+from dcompile.codegen.launches import (
+    Argument,
+    Float,
+    Int,
+    Launch,
+    Value,
+    all_outputs,
+    outputs,
+    strided,
+    unread_output,
+)
 from dcompile.ir import ops
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
@@ -47,14 +56,6 @@ def last(x: Node) -> Int:
 
 def optional(node: object) -> Value:
     return Value(node if isinstance(node, Node) else None)
-
-
-def outputs(node: Node, count: int) -> list[Node | None]:
-    """The getitem nodes of a node with several results, None where nobody reads one."""
-    found: list[Node | None] = [None] * count
-    for user in node.users:
-        found[user.args[1]] = user  # type: ignore[index]
-    return found
 
 
 def _native(kernel: str, node: Node, args: list[Argument], writes: list[Node | None]) -> Launch:
@@ -98,29 +99,11 @@ def _add_rms_norm(program: Program, node: Node) -> Launch | None:
     total, normed = outputs(node, 2)
     if total is None or normed is None:
         # The kernel writes both; an unread sum gets a place all the same.
-        total = total or Scratch.of(program, node, 0)
-        normed = normed or Scratch.of(program, node, 1)
+        total = total or unread_output(program, node, 0)
+        normed = normed or unread_output(program, node, 1)
     args: list[Argument] = [Value(total), Value(normed), Value(x), Value(r), optional(weight)]
     tail: list[Argument] = [rows_of(program, x), last(x), Float(eps)]
     return _native(f"add_rms_norm_{end}", node, args + tail, [total, normed])
-
-
-class Scratch:
-    """An output that nobody reads, as a node, so that it has a buffer."""
-
-    @staticmethod
-    def of(program: Program, node: Node, index: int) -> Node:
-        with program.graph.inserting_after(node):
-            unread = program.graph.call_function(operator.getitem, (node, index))
-        unread.meta = {**node.meta, "val": node.meta["val"][index]}
-        return unread
-
-
-def all_outputs(program: Program, node: Node, count: int) -> list[Node]:
-    return [
-        found if found is not None else Scratch.of(program, node, i)
-        for i, found in enumerate(outputs(node, count))
-    ]
 
 
 def _linear(program: Program, node: Node) -> Launch | None:
@@ -132,16 +115,6 @@ def _linear(program: Program, node: Node) -> Launch | None:
     args: list[Argument] = [Value(node), Value(x), Value(weight, layout="packed"), optional(bias)]
     args += [Value(None), rows_of(program, x), last(node), last(x)]
     return _native(f"linear_{end}", node, args, [node])
-
-
-def strided(node: Node) -> tuple[Node, int, int]:
-    """(what is in memory, offset, row stride) of a value that may be a slice of the last axis."""
-    if node.target is aten.slice.Tensor and len(node.args) == 4:
-        x, dim, start, _ = node.args
-        assert isinstance(x, Node) and isinstance(start, int)
-        if dim == value(x).dim() - 1:
-            return x, start, int(value(x).shape[-1])
-    return node, 0, int(value(node).shape[-1])
 
 
 def _silu_mul(program: Program, node: Node) -> Launch | None:

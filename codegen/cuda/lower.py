@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dcompile.codegen.cpu.lower import bind, stored_of
 from dcompile.codegen.cuda.fitting import Refusals, fit
 from dcompile.codegen.cuda.pointwise import FUNCTIONS
 from dcompile.codegen.cuda.schedule import Printed, schedule
 from dcompile.codegen.cuda.select import EMITTED, Site
 from dcompile.codegen.kernels import advance
 from dcompile.codegen.launches import Launch
+from dcompile.codegen.plan import bind, stored_of
 from dcompile.codegen.triton.assemble import PACKAGE
 from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.codegen.triton.variant import Number, Variant

@@ -10,14 +10,13 @@ import torch
 from torch.fx import Node
 
 from dcompile.codegen.buffers import at_most
-from dcompile.codegen.cpu.schedule import Schedule
 from dcompile.codegen.cuda.decompose import decompose
 from dcompile.codegen.cuda.emit import SCATTERS, Emitted, Split, can_emit, emit, lead_of
 from dcompile.codegen.cuda.pointwise import op_name
 from dcompile.codegen.cuda.ranking import SORTS
 from dcompile.codegen.cuda.select import EMITTED, Families, Site, code_of
 from dcompile.codegen.cuda.tiles import TYPES
-from dcompile.codegen.launches import Argument, Float, Int, Launch, Scratch, Value
+from dcompile.codegen.launches import Argument, Float, Int, Launch, Schedule, Scratch, Value
 from dcompile.codegen.triton.variant import (
     Expression,
     Number,

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch.fx import Node
 
-from dcompile.codegen.cpu.select import all_outputs, strided
 from dcompile.codegen.cuda.epilogues import Epilogue, find_epilogue, only_reader
 from dcompile.codegen.kernels import (
     attend,
@@ -24,7 +23,7 @@ from dcompile.codegen.kernels import (
     soft_embed,
     vocab_choice,
 )
-from dcompile.codegen.launches import Value
+from dcompile.codegen.launches import Value, all_outputs, strided
 from dcompile.codegen.triton.variant import Expression, Lowering
 from dcompile.errors import UnsupportedModel
 from dcompile.ir import ops

@@ -61,8 +61,8 @@ def check(compiled: Sequence[Compiled]) -> None:
         several = f"{len(wrong)} kernels are refused" if len(wrong) > 1 else "a kernel is refused"
         raise BuildError(
             f"{several}: {'; '.join(wrong)}",
-            where="the gate on compiled kernels (codegen/kernels/gate.py)",
-            remedy="choose other tiles (codegen/kernels/configurations.py), or --target cpu",
+            where="the gate on compiled kernels (codegen/triton/gate.py)",
+            remedy="choose other tiles (codegen/triton/tiles.py), or --target cpu",
         )
 
 

@@ -1,7 +1,7 @@
 """What `dcompile tune` found fastest on a GPU: tiles by architecture, family and shape.
 
 tuned.json: {"sm_90": {"linear n6144 k2048 bf16": {"tiles": {"rows": 16, ...}, "us": 9.1, "default_us": 9.9,
-"device": "...", "date": "..."}}}.  A shape that is not in it gets its default (`configurations.py`).
+"device": "...", "date": "..."}}}.  A shape that is not in it gets its default (`tiles.py`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dcompile.cost.launches import family
-from dcompile.profile.summary import Place
 from dcompile.runtime.artifact import Artifact
 
 EMITTED = "kernels.cpp"
@@ -56,3 +55,15 @@ def graph_lines(artifact: Artifact, places: Sequence[Place]) -> Iterator[str]:
     for line in artifact.text(stages[-1]).splitlines() if stages else ():
         if line.partition(":")[0] in wanted:
             yield line
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a launch is and stands for."""
+
+    name: str
+    kernel: str
+    layer: int | None
+    role: str
+    origin: str
+    nodes: list[str]

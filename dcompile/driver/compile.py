@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dcompile.codegen.backends import Code, backend_of
-from dcompile.codegen.cpu.lower import stored_tensors
+from dcompile.codegen.plan import stored_tensors
 from dcompile.decoding.rules import check_together
 from dcompile.driver.manifest import manifest_of
 from dcompile.driver.origin import Origin, Progress, of_module, open_origin, trace_origin

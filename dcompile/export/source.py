@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcompile.codegen.cpu.pack import packed_size, unpack_linear
+from dcompile.codegen.pack import packed_size, unpack_linear
 from dcompile.driver.manifest import manifest_facts
 from dcompile.driver.origin import open_origin, trace_origin
 from dcompile.driver.pipeline import run

@@ -18,9 +18,9 @@ from dcompile.cost.machine import Machine, measure
 from dcompile.errors import ContractError
 from dcompile.profile.watch import Observer, Seen, Timed, Timer, resident_bytes
 from dcompile.runtime.artifact import open_artifact
-from dcompile.runtime.backend import open_backend
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.decode.sequence import Result
+from dcompile.runtime.opening import open_backend
 
 Progress = Callable[[str], None]
 UNKNOWN_RATE = 1e18

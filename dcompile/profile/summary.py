@@ -15,6 +15,7 @@ import numpy.typing as npt
 from dcompile.cost.launches import costs, is_router
 from dcompile.cost.machine import Machine
 from dcompile.cost.occupancy import kernel_resources
+from dcompile.cost.sources import Place
 from dcompile.profile.collect import Capture
 from dcompile.profile.denoise import Course, courses, decided, masks_left
 from dcompile.profile.memory import Memory, memory
@@ -46,18 +47,6 @@ class Row:
     of_floor: float
     """Floor over time: 1 is as fast as memory or arithmetic allows; more came from a cache."""
     launches: list[int]
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a launch is and stands for."""
-
-    name: str
-    kernel: str
-    layer: int | None
-    role: str
-    origin: str
-    nodes: list[str]
 
 
 @dataclass(frozen=True)

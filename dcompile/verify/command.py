@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from dcompile.codegen.backends import lower_cuda
-from dcompile.codegen.cpu.lower import Lowered, lower, stored_tensors
+from dcompile.codegen.cpu.lower import Lowered, lower
 from dcompile.codegen.launches import Launch, Value
+from dcompile.codegen.plan import stored_tensors
 from dcompile.codegen.targets import Target, parse_target
 from dcompile.driver.manifest import manifest_facts
 from dcompile.driver.origin import Origin, Progress, open_origin, trace_origin
@@ -25,8 +26,9 @@ from dcompile.ir.program import Program
 from dcompile.ir.stored import dump
 from dcompile.options import Options, recorded_options
 from dcompile.runtime.artifact import Artifact, open_artifact
-from dcompile.runtime.backend import Backend, open_backend
+from dcompile.runtime.backend import Backend
 from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.opening import open_backend
 from dcompile.runtime.state import Binding
 from dcompile.untrusted import parse_json
 from dcompile.verify.kernels import compare_kernels

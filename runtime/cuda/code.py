@@ -18,7 +18,7 @@ Compile = Callable[[Artifact, int], tuple[Mapping[str, Any], Mapping[str, bytes]
 
 @dataclass
 class Hooks:
-    """What the runtime cannot do by itself; `dcompile.driver.compile.missing_kernels` sets it where Triton is there."""
+    """What the runtime cannot do by itself; `dcompile.driver.missing_kernels` sets it where Triton is there."""
 
     compile: Compile | None = None
 

@@ -14,7 +14,7 @@ import torch
 
 from dcompile.errors import ArtifactError, ContractError
 from dcompile.runtime.artifact import Artifact, open_artifact
-from dcompile.runtime.backend import Backend, open_backend
+from dcompile.runtime.backend import Backend
 from dcompile.runtime.decode.caches import (
     CachePolicy,
     Moment,
@@ -35,6 +35,7 @@ from dcompile.runtime.decode.pipelined import Block, Pipeline
 from dcompile.runtime.decode.requests import Limits, check_seed, check_temperature, stream
 from dcompile.runtime.decode.sequence import Call, Ints, OnBlock, OnResult, Result, Served
 from dcompile.runtime.decode.smoothing import soft_threshold
+from dcompile.runtime.opening import open_backend
 from dcompile.runtime.state import Binding
 from dcompile.runtime.tokens import Tokenizer
 from dcompile.runtime.turns import Bools, Turns, repeat

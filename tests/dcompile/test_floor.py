@@ -11,7 +11,8 @@ from checkpoints import write_checkpoint
 from native import Library, pack_args
 
 from dcompile.bench.command import bench, prepare, step_inputs
-from dcompile.codegen.cpu import build, pack
+from dcompile.codegen import pack
+from dcompile.codegen.cpu import build
 from dcompile.cost.machine import Cost, Machine, last_cache, measure, step_cost, touched_experts
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.options import Options

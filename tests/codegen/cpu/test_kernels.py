@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native import Library, Value
 
-from dcompile.codegen.cpu import build, pack
+from dcompile.codegen import pack
+from dcompile.codegen.cpu import build
 from dcompile.ir.ops import SCORES
 from dcompile.ir.routing import route_limited
 from dcompile.runtime.processor import cpu_flags

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcompile.codegen.cpu import pack
+from dcompile.codegen import pack
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
