@@ -54,7 +54,7 @@ def test_every_package_is_installed() -> None:
 
 def test_the_runtime_loads_no_compiler() -> None:
     code = (
-        "import sys, dcompile.runtime.loop; "
+        "import sys, dcompile.runtime.decode.loop; "
         "print([m for m in sys.modules if m.startswith(('dcompile.passes', 'dcompile.codegen', "
         "'dcompile.frontends', 'dcompile.ir', 'dcompile.step.trace', 'transformers', 'torch._inductor'))])"
     )
