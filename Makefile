@@ -21,7 +21,7 @@ unit: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 golden: $(VENV)/.test
-	DCOMPILE_ACCEPT_GOLDEN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_walkthrough.py tests/test_cells.py::test_the_document_is_current
+	DCOMPILE_ACCEPT_GOLDEN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/whole/test_walkthrough.py tests/whole/test_combinations.py::test_the_document_is_current
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -9,8 +9,7 @@ import pytest
 import toy
 from hypothesis import given
 from hypothesis import strategies as st
-from test_loop import CACHES, prompts_of
-from toy import Toy
+from toy import CACHES, Toy, prompts_of
 
 from dcompile.runtime.cpu.executor import Executor
 from dcompile.runtime.decode.loop import Runner

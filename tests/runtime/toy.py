@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -307,3 +308,27 @@ def _commit(
     for p, (confidence, token) in chosen.items():
         if confidence >= bar or confidence == best:
             x[p] = token
+
+
+CACHES = [
+    Toy(),
+    Toy(cache="prefix"),
+    Toy(cache="dual"),
+    Toy(cache="vicinity", look_back=3, look_ahead=2, warmup=5),
+    Toy(cache="vicinity", look_back=40, look_ahead=40),
+    Toy(cache="periodic", refresh_every=2),
+    Toy(cache="active"),
+    Toy(cache="active", block=16, length=64),
+    Toy(span=4),
+    Toy(span=4, cache="block"),
+    Toy(span=8, cache="block", block=4),
+    Toy(span=2, cache="block", block=4),
+    Toy(span=4, cache="block", cross_block=False),
+    Toy(span=8, cache="block", block=4, cross_block=False),
+    Toy(span=2, cache="block", block=4, cross_block=False),
+]
+
+
+def prompts_of(seed: int, lengths: list[int]) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.choice([*range(7), *range(8, VOCAB)]) for _ in range(n)] for n in lengths]

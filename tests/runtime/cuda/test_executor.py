@@ -12,8 +12,7 @@ import pytest
 import torch
 import toy
 from fake_cuda import FakeCuda
-from test_loop import CACHES, prompts_of
-from toy import MASK, Toy
+from toy import CACHES, MASK, Toy, prompts_of
 
 from dcompile.runtime.cuda.executor import CudaExecutor
 from dcompile.runtime.decode.loop import Runner

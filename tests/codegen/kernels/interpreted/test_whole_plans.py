@@ -65,7 +65,7 @@ def test_every_policy_gives_the_same_tokens(tmp_path: Path, policy: str) -> None
 @pytest.mark.parametrize("name", ["bert", "Bidirectional"])
 def test_foreign_models_give_the_same_tokens(tmp_path: Path, name: str) -> None:
     """Their norms, rotations and embeddings are printed from the graph; no launch is torch's."""
-    path = Path(__file__).parents[3] / "test_modules.py"
+    path = Path(__file__).parents[3] / "whole" / "test_modules.py"
     spec = importlib.util.spec_from_file_location("foreign_models", path)
     assert spec is not None and spec.loader is not None
     models = importlib.util.module_from_spec(spec)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def dry_run(file: Path, *arguments: str) -> tuple[dict[str, Any], str]:

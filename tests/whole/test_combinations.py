@@ -21,7 +21,7 @@ from dcompile.runtime.decode.caches import cache_policy
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.decode.sequence import Result
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "decoding.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "decoding.md"
 FAMILY = {True: "llada", False: "sdar"}
 BLOCK, LENGTH = 8, 16
 PROMPTS = [[5, 3, 8, 1, 7, 2, 9], [], [11] * 9, [4, 6, 4, 2, 90, 31, 77, 50, 12, 13, 18]]

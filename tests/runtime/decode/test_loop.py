@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,36 +12,14 @@ import torch
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import EOS, MASK, VOCAB, Toy
+from toy import CACHES, EOS, MASK, VOCAB, Toy, prompts_of
 
 from dcompile.errors import ContractError, OptionError, RequestError
 from dcompile.runtime.artifact import write_artifact
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.state import Binding
 
-CACHES = [
-    Toy(),
-    Toy(cache="prefix"),
-    Toy(cache="dual"),
-    Toy(cache="vicinity", look_back=3, look_ahead=2, warmup=5),
-    Toy(cache="vicinity", look_back=40, look_ahead=40),
-    Toy(cache="periodic", refresh_every=2),
-    Toy(cache="active"),
-    Toy(cache="active", block=16, length=64),
-    Toy(span=4),
-    Toy(span=4, cache="block"),
-    Toy(span=8, cache="block", block=4),
-    Toy(span=2, cache="block", block=4),
-    Toy(span=4, cache="block", cross_block=False),
-    Toy(span=8, cache="block", block=4, cross_block=False),
-    Toy(span=2, cache="block", block=4, cross_block=False),
-]
 SHIFTED = [Toy(**{**vars(t), "shift": True}) for t in CACHES]
-
-
-def prompts_of(seed: int, lengths: list[int]) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.choice([*range(7), *range(8, VOCAB)]) for _ in range(n)] for n in lengths]
 
 
 def spy(runner: Runner) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "runtime"))
 
 import test_tokens
 import toy
@@ -24,7 +24,7 @@ from dcompile.driver import compile as driver
 from dcompile.errors import CheckpointError, OutputError
 from dcompile.options import Options
 
-RUNTIME_TESTS = str(Path(__file__).parents[1] / "runtime")
+RUNTIME_TESTS = str(Path(__file__).parents[2] / "runtime")
 
 
 @pytest.fixture(autouse=True)

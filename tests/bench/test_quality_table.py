@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 from quality_picture import picture
 from quality_table import COSTS, MARGIN, Row, choose, difference, front, table, wilson

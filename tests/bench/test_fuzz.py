@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-FOUND = sorted((Path(__file__).parent / "fuzzed").glob("*.json"))
+ROOT = Path(__file__).parents[2]
+FOUND = sorted((Path(__file__).parents[1] / "fuzzed").glob("*.json"))
 
 
 def fuzz(*arguments: str) -> dict[str, object]:
