@@ -67,7 +67,7 @@ class Launch:
     writes: list[Node] = field(default_factory=list)
     updates: list[Node] = field(default_factory=list)
     covers: list[Node] = field(default_factory=list)  # the graph nodes that it stands for
-    touches: str = ""  # of an emitted function: its arguments in the notation of runtime/abi.py
+    touches: str = ""  # of an emitted function: its arguments in the notation of runtime/cpu/abi.py
     variant: Variant | None = None  # of a CUDA launch
     grid: tuple[Expression, ...] = ()
 

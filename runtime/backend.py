@@ -1,4 +1,4 @@
-"""What runs an artifact's plan: the processor (`launch.py`) or a GPU (`cuda/executor.py`)."""
+"""What runs an artifact's plan: the processor (`cpu/executor.py`) or a GPU (`cuda/executor.py`)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 // What each kernel of the library takes and touches, for the runtime to hold a plan to
-// (runtime/abi.py has the notation). T stands for f32, bf16 and f16.
+// (runtime/cpu/abi.py has the notation). T stands for f32, bf16 and f16.
 #pragma once
 
 #include "abi.h"

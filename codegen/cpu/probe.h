@@ -1,5 +1,5 @@
 // What this machine does at best: bytes read and multiply-adds a second.  A bound for every kernel;
-// compiled by `dcompile/floor.py`, no part of an artifact.
+// compiled by `dcompile/cost/machine.py`, no part of an artifact.
 //
 //     probe_read   seconds f64 [1], weights, bytes, streams, ahead, threads    every byte once; asks
 //                  for what lies `ahead` bytes further on

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch.fx import Node
@@ -25,13 +25,29 @@ from dcompile.codegen.cuda.tiles import (
 )
 from dcompile.codegen.triton.assemble import power_of_two
 from dcompile.ir.edit import value
-from dcompile.ir.sizes import shape_of
-
-if TYPE_CHECKING:
-    from dcompile.codegen.cuda.emit import _Emitter
+from dcompile.ir.program import Program
+from dcompile.ir.sizes import Size, shape_of
 
 aten = torch.ops.aten
 SORTS = (aten.topk.default, aten.sort.default, aten.sort.stable)
+
+
+class Printer(Protocol):
+    """A kernel that is being printed: its lines so far, and how it reads and stores values."""
+
+    program: Program
+    lines: list[str]
+    largest: int
+
+    def lead(self, shape: list[Size]) -> int | None: ...
+
+    def load(self, node: Node, index: list[Text], domain: Domain, mask: Text | None) -> Text: ...
+
+    def pointer(self, node: Node) -> str: ...
+
+    def stored_text(self, node: Node, text: str) -> str: ...
+
+    def note_stored(self, node: Node) -> None: ...
 
 
 def can_sort(node: Node) -> bool:
@@ -55,7 +71,7 @@ def _largest(node: Node) -> bool:
     return bool(node.args[at] if len(node.args) > at else node.kwargs.get(name, default))
 
 
-def emit_sort(out: _Emitter, node: Node) -> None:
+def emit_sort(out: Printer, node: Node) -> None:
     """Values and places of the first of an order, stored; `out` is the kernel so far."""
     x = node.args[0]
     shape = shape_of(value(x), out.program.symbols)

@@ -56,7 +56,7 @@ class Facts:
 class Work:
     """A launch's bytes and FLOPs; `touched` counts experts, where it runs any.
 
-    `streamed` are the bytes that no cache can have kept, as `floor.py` counts them: weights of a product,
+    `streamed` are the bytes that no cache can have kept, as `machine.py` counts them: weights of a product,
     and keys and values that were not written just now.
     """
 

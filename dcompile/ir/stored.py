@@ -38,7 +38,7 @@ class StoredInput:
     dtype: torch.dtype
     shape: tuple[Size, ...]
     tensor: str | None = None  # its name among the artifact's tensors
-    layout: str = "plain"  # or packed, experts: codegen/cpu/pack.py
+    layout: str = "plain"  # or packed, experts: codegen/pack.py
 
 
 @dataclass(frozen=True)

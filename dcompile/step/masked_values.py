@@ -1,4 +1,4 @@
-"""What a model picks by its data, as all values and the mask of those that count; see loops.py."""
+"""What a model picks by its data, as all values and the mask of those that count; see expert_loops.py."""
 
 from __future__ import annotations
 

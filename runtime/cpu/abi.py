@@ -121,7 +121,7 @@ def _split(extent: str) -> list[str]:
 def _dimension(text: str, sizes: Values, dtype: str) -> int:
     if text.startswith("{"):
         n, k = (_sum(part, sizes) for part in text[1:-1].split(","))
-        # As dcompile/codegen/cpu/pack.py packs: panels of 32 rows, an odd K of bf16 padded.
+        # As dcompile/codegen/pack.py packs: panels of 32 rows, an odd K of bf16 padded.
         return -(-n // PANEL) * PANEL * (k + k % (2 if dtype == "bf16" else 1))
     return _sum(text, sizes)
 

@@ -1,4 +1,4 @@
-"""Launches a plan on a GPU: the same interface as `runtime/launch.py`, so that the loop is the same.
+"""Launches a plan on a GPU: the same interface as `runtime/cpu/executor.py`, so that the loop is the same.
 
 A block's iterations are one launch: a graph that copies the inputs over, loops until a sequence is done,
 and copies two short counters back. Drivers older than CUDA 12.4 have no loops in graphs: there some
