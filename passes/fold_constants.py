@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcompile.errors import OptionError
+from dcompile.errors import OptionError, UnsupportedModel
 from dcompile.ir.edit import add_constant, add_weight, bypass, insert, value
-from dcompile.ir.evaluate import evaluate, fixed_nodes
+from dcompile.ir.evaluate import evaluate, fixed_nodes, probe_lengths
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Exactness, Program
+from dcompile.ir.show import show_node
 from dcompile.ir.sizes import is_static
 
 aten = torch.ops.aten
@@ -69,36 +70,71 @@ def _is_frontier(node: Node, fixed: set[Node]) -> bool:
     return any(user not in fixed for user in node.users)
 
 
+def _check_lengths(program: Program, node: Node, whole: torch.Tensor, axes: list[int]) -> None:
+    """Raise UnsupportedModel where a value of a shorter sequence is no beginning of the longest one's.
+
+    Tables are made once, at the compiled maximum length.
+    """
+    for length in probe_lengths(node, program):
+        part = evaluate(node, program, length)
+        begin = whole.narrow(axes[0], 0, part.shape[axes[0]]) if axes else whole
+        if part.shape != begin.shape or not _same(part, begin):
+            raise UnsupportedModel(
+                f"a value depends on the length of the sequence: at {length} positions it is not "
+                f"what it is at {program.shape.positions}",
+                where=f"{facts(node).origin or 'the model'}: {show_node(node, program)}",
+                remedy="compute it from each position alone (torch.arange), not from their number",
+            )
+
+
+def _same(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Equal, but for the last digits: libraries round the ends of long vectors in another way."""
+    if not part.is_floating_point():
+        return torch.equal(part, whole)
+    a, b = part.double(), whole.double()
+    finite = b[b.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    digits = torch.finfo(part.dtype).eps
+    return torch.allclose(a, b, rtol=8 * digits, atol=8 * digits * largest, equal_nan=True)
+
+
 def _fold(program: Program, node: Node, fixed: set[Node], folded: dict[object, Node]) -> None:
-    positions = program.shape.positions
-    tensor = evaluate(node, program, positions).contiguous()
+    tensor = evaluate(node, program, program.shape.positions).contiguous()
     readers = [u for u in node.users if u not in fixed]
     axes = moving_axes(value(node))
-    name = "const_" + node.name
+    _check_table(program, node, tensor, axes)
+    _check_lengths(program, node, tensor, axes)
     # Equal values are one constant and one gather, so that later passes see that they are the same.
     raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     key = (tensor.dtype, tensor.shape, tuple(axes), raw)
-    if key in folded:
-        new = folded[key]
-    elif not axes:
-        new = add_constant(program, name, tensor)
-    else:
-        (axis,) = axes
-        if tensor.shape[axis] != positions:
-            raise OptionError(
-                f"the model has {tensor.shape[axis]} positions, fewer than the maximum length "
-                f"{positions}",
-                where=facts(node).origin or node.name,
-                remedy=f"--max-length {tensor.shape[axis]}",
-            )
-        table = tensor.movedim(axis, 0).contiguous()
-        held = add_constant(program, name, table)
-        rows = program.placeholder("row_pos")
-        new = insert(program, node, aten.index.Tensor, held, [rows])
-        if axis != 0:
-            order = list(range(1, table.dim()))
-            order.insert(axis, 0)
-            new = insert(program, node, aten.permute.default, new, order)
-    folded[key] = new
+    if key not in folded:
+        folded[key] = _constant(program, node, tensor, axes)
     for reader in readers:
-        reader.replace_input_with(node, new)
+        reader.replace_input_with(node, folded[key])
+
+
+def _constant(program: Program, node: Node, tensor: torch.Tensor, axes: list[int]) -> Node:
+    """The value as a constant, or as a table read at the rows' positions."""
+    name = "const_" + node.name
+    if not axes:
+        return add_constant(program, name, tensor)
+    (axis,) = axes
+    table = tensor.movedim(axis, 0).contiguous()
+    held = add_constant(program, name, table)
+    new = insert(program, node, aten.index.Tensor, held, [program.placeholder("row_pos")])
+    if axis == 0:
+        return new
+    order = list(range(1, table.dim()))
+    order.insert(axis, 0)
+    return insert(program, node, aten.permute.default, new, order)
+
+
+def _check_table(program: Program, node: Node, tensor: torch.Tensor, axes: list[int]) -> None:
+    positions = program.shape.positions
+    if axes and tensor.shape[axes[0]] != positions:
+        held = tensor.shape[axes[0]]
+        raise OptionError(
+            f"the model has {held} positions, fewer than the maximum length {positions}",
+            where=facts(node).origin or node.name,
+            remedy=f"--max-length {held}",
+        )

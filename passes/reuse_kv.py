@@ -10,16 +10,15 @@ from torch.fx import Node
 from dcompile.errors import UnsupportedModel
 from dcompile.ir import ops
 from dcompile.ir.edit import add_input, fake_mode, insert, replace, value
-from dcompile.ir.evaluate import evaluate, fixed_nodes
+from dcompile.ir.evaluate import fixed_nodes
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Exactness, Output, Program, Stage
 from dcompile.ir.sizes import is_static
+from dcompile.passes.mask_blocks import NEITHER, first_departure, mask_block, same_value
 from dcompile.passes.positionwise import prove
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-# Two lengths, one of them odd: a mask that looks block-causal at both is.
-MASK_LENGTHS = (96, 131)
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class ReuseKV:
         sites = list(program.calls(SDPA))
         prove(program, attentions=set(sites))
         fixed = fixed_nodes(program)
-        blocks = {_mask_block(program, node, fixed) for node in sites}
+        known: dict[object, int | None] = {}
+        blocks = {_mask_block(program, node, fixed, known) for node in sites}
         if len(blocks) > 1:
             raise UnsupportedModel(
                 f"the layers' attention masks differ: block lengths {sorted(map(str, blocks))}",
@@ -69,7 +69,9 @@ def _argument(node: Node, index: int, name: str, default: object) -> object:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def _mask_block(program: Program, node: Node, fixed: set[Node]) -> int | None:
+def _mask_block(
+    program: Program, node: Node, fixed: set[Node], known: dict[object, int | None]
+) -> int | None:
     """Block length of the attention's mask; None where every position sees every other."""
     where = facts(node).origin or node.name
     if _argument(node, 4, "dropout_p", 0.0) != 0.0:
@@ -84,32 +86,25 @@ def _mask_block(program: Program, node: Node, fixed: set[Node]) -> int | None:
             where=where,
             remedy="a mask of positions only: all, or block-causal",
         )
-    seen = [_blocks_of(evaluate(mask, program, n)) for n in MASK_LENGTHS]
-    if seen[0] != seen[1] or seen[0] == -1:
-        raise UnsupportedModel(
-            "the attention mask is neither full nor block-causal",
-            where=where,
-            remedy="a mask of positions only: all, or (key // n) <= (query // n)",
-        )
-    return seen[0]
+    key = same_value(mask)
+    if key not in known:
+        known[key] = _proven(mask, program, where)
+    return known[key]
 
 
-def _blocks_of(mask: torch.Tensor) -> int | None:
-    """n where the mask is block-causal of length n, None where it is full, -1 where neither."""
-    if mask.dtype != torch.bool:
-        if not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-            return -1
-        mask = mask == 0
-    length = mask.shape[-1]
-    flat = mask.reshape(-1, mask.shape[-2], length)
-    if not bool((flat == flat[:1]).all()) or mask.shape[-2] not in (1, length):
-        return -1
-    seen = flat[0].expand(length, length)
-    if bool(seen.all()):
-        return None
-    block = int(seen[0].sum())
-    at = torch.arange(length) // max(block, 1)
-    return block if bool((seen == (at[None, :] <= at[:, None])).all()) else -1
+def _proven(mask: Node, program: Program, where: str) -> int | None:
+    remedy = "a mask of positions only: all, or (key // n) <= (query // n)"
+    try:
+        block = mask_block(mask, program)
+        departure = (1, 0) if block == NEITHER else first_departure(mask, program, block)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(error.what, where=where, remedy=error.remedy or remedy) from error
+    if departure is not None:
+        length, row = departure
+        what = "the attention mask is neither full nor block-causal"
+        what += "" if block == NEITHER else f": at {length} positions, position {row} sees others"
+        raise UnsupportedModel(what, where=where, remedy=remedy)
+    return block
 
 
 def _rewrite(program: Program, node: Node, index: int) -> None:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from dcompile.ir.weights import Recipe
 from dcompile.policies import Policy
 from dcompile.step.choose import Blocks, write_tokens
 from dcompile.step.expert_loops import traceable
+from dcompile.step.lengths import check_lengths
 from dcompile.step.repeat_layers import Run, repeat_layers
 from dcompile.step.smoothing import STATE, embeddings, softened
 
@@ -164,11 +166,20 @@ def trace(model: nn.Module, wanted: Traced) -> Program:
     The model, in eval mode, sees one sequence of symbolic length R.  Raises UnsupportedModel (or a class of it)
     where export fails, with export's own reason in one line.
     """
+    program = _exported(model, wanted, EXAMPLE_ROWS)
+    check_lengths(program, EXAMPLE_ROWS, partial(_exported, model, wanted))
+    if wanted.runs:
+        repeat_layers(program, wanted.runs)
+    return program
+
+
+def _exported(model: nn.Module, wanted: Traced, rows: int, fixed: bool = False) -> Program:
+    """The program of an example of so many positions; of that length alone where `fixed`."""
     table = embeddings(model, wanted.shape.mask_id) if wanted.smoothing else None
     step = Step(model, wanted.shape.mask_id, wanted.policy, table)
     states = wanted.states(table)
-    arguments = _example(wanted, states)
-    dynamic = _dynamic(wanted, states)
+    arguments = _example(wanted, states, rows)
+    dynamic = _dynamic(wanted, states, fixed)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # torch's own pickling of tree specs warns about torch's own classes.
@@ -179,14 +190,12 @@ def trace(model: nn.Module, wanted: Traced) -> Program:
         raise
     except Exception as failure:
         raise _explain(failure) from failure
-    program = _program(exported, wanted, list(states))
-    if wanted.runs:
-        repeat_layers(program, wanted.runs)
-    return program
+    return _program(exported, wanted, list(states))
 
 
-def _example(wanted: Traced, states: dict[str, Tensor]) -> tuple[object, ...]:
-    shape, rows, batch = wanted.shape, EXAMPLE_ROWS, EXAMPLE_BATCH
+def _example(wanted: Traced, states: dict[str, Tensor], rows: int) -> tuple[object, ...]:
+    # Equal sizes would become one symbol.
+    shape, batch = wanted.shape, EXAMPLE_BATCH + (rows == EXAMPLE_BATCH)
 
     def whole(*size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.int64)
@@ -210,8 +219,8 @@ def _example(wanted: Traced, states: dict[str, Tensor]) -> tuple[object, ...]:
     )
 
 
-def _dynamic(wanted: Traced, states: Mapping[str, Tensor]) -> tuple[object, ...]:
-    rows, batch = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
+def _dynamic(wanted: Traced, states: Mapping[str, Tensor], fixed: bool) -> tuple[object, ...]:
+    rows, batch = None if fixed else {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
     parameters = {name: batch for name in wanted.policy.parameters}
     extras = {name: batch for name in wanted.extras()}
     by_row = {name: rows for name in wanted.rows()}
