@@ -25,7 +25,7 @@ from dcompile.options import Options
 from dcompile.runtime.decode.loop import Runner
 
 # Between them these have all that the others have: experts of both kinds, shift, biases, block-causal masks.
-FAMILIES = [
+ENOUGH = [
     *("llada_moe", "llada2", "dream"),
     *(pytest.param(family, marks=pytest.mark.slow) for family in ("llada", "sdar", "sdar_moe")),
 ]
@@ -58,7 +58,7 @@ def reference_logits(made: Any, ids: np.ndarray[Any, Any], block: np.ndarray[Any
         pytest.param(torch.bfloat16, 3e-3, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENOUGH)
 def test_the_step_is_the_reference(
     make: Any, family: str, dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -124,7 +124,7 @@ def close(found: Any, wanted: Any, tolerance: float) -> None:
     assert error < tolerance, error
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENOUGH)
 def test_onnxruntime_generates_our_tokens(make: Any, family: str) -> None:
     made = make(family)
     step = run_onnx.Step(onnx_of(made), threads=1)

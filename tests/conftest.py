@@ -1,20 +1,21 @@
-"""The fake driver, compiled once, and loaded anew for each test."""
+"""Toys that tests of several folders run: a CPU model's code, and a fake GPU; each built once."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import fake_cuda
 import gpu_toy
+import pytest
 import toy
 from fake_cuda import FakeCuda
 from toy import Toy
+
+
+@pytest.fixture(scope="session")
+def code(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return toy.build(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="session")
