@@ -45,7 +45,9 @@ class Tokenizer:
         text = self.render([{"role": "user", "content": text}]) if chat else text
         if any("\ud800" <= sign <= "\udfff" for sign in text):
             remedy = "write it in UTF-8"
-            raise RequestError("the prompt is no text: bytes of it are no characters", remedy=remedy)
+            raise RequestError(
+                "the prompt is no text: bytes of it are no characters", remedy=remedy
+            )
         # A template writes its special tokens itself.
         encoding = self._tokenizer().encode(text, add_special_tokens=special and not chat)
         return [int(token) for token in encoding.ids]
