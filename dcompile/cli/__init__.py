@@ -32,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DcompileError as error:
         typer.echo(f"{type(error).__name__}: {as_typed(error, given)}", err=True)
         sys.exit(1)
+    except OSError as error:
+        # What the file system refuses anywhere: a name that is too long, a full disk.
+        typer.echo(
+            f"OSError: {error.strerror or error}\n  where  {error.filename!r:.200}", err=True
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except MemoryError:

@@ -113,3 +113,8 @@ def test_python_is_told_its_own_names(artifact: str, capsys: pytest.CaptureFixtu
 def test_every_command_is_known() -> None:
     assert {"compile", "run", "chat", "info"} <= set(command_names())
     assert len(command_names()) == len(cli.app.registered_commands)
+
+
+def test_what_the_file_system_refuses_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    err = fails(capsys, 1, "verify", "a.dcx", "/" + "x" * 3000)
+    assert "Error: " in err and len(err) < 1000
