@@ -31,8 +31,8 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Show what an artifact or a checkpoint is: model, decoding, target, sizes."""
+    from dcompile.explain.facts import facts_of
     from dcompile.explain.info import in_words
-    from dcompile.explain.info import info as facts_of
 
     facts = facts_of(model)
     typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else in_words(facts), nl=as_json)
