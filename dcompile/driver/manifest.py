@@ -49,7 +49,7 @@ def vocabulary(origin: Origin, program: Program) -> int:
     from dcompile.ir.edit import value
 
     for node in program.calls(ops.VOCAB_CHOICE, ops.VOCAB_CHOICE_ASKED):
-        return int(value(node.args[1]).shape[0])  # type: ignore[arg-type]
+        return int(value(node.args[1]).shape[0])
     for node in program.calls(ops.CHOOSE, ops.CHOOSE_ASKED):
-        return int(value(node.args[0]).shape[-1])  # type: ignore[arg-type]
+        return int(value(node.args[0]).shape[-1])
     raise AssertionError("a step chooses tokens")

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from check import small_program
+from planned import Model, count, planned
 
 from dcompile.driver import pipeline
 from dcompile.driver.pipeline import name_of, passes, run
 from dcompile.driver.record import Announcer, Recorder
+from dcompile.ir import ops
 from dcompile.ir.program import Exactness, Pass, Program
 from dcompile.options import Options
 
@@ -96,3 +98,11 @@ def test_a_pass_is_left_out_and_the_last_one_named(program: Program) -> None:
     assert skipping.heard == ["before nothing", "after nothing: 0"]
     run(program, Options(stop_after="views_twice"), stopping)
     assert stopping.heard == ["before views_twice", "after views_twice: 1"]
+
+
+def test_all_of_a_step_is_fused() -> None:
+    program = planned(Model())
+    assert count(program, ops.NORM_ROPE_WRITE) == count(program, ops.ATTEND) == 1
+    assert count(program, ops.ROUTE) == count(program, ops.MOE_FFN) == 1
+    assert count(program, ops.VOCAB_CHOICE) == 1
+    assert not count(program, aten.einsum.default, ops.CHOOSE, ops.WRITE_ROWS)
