@@ -2,7 +2,7 @@
 
     python bench/kernels.py [--threads 1 2] [--rows 8 32 64] [--only moe] [--contexts 128 8192] [--json FILE]
 
-The floor of a call is max(bytes / bandwidth, FLOPs / rate) by the probes of dcompile/floor.py, measured
+The floor of a call is max(bytes / bandwidth, FLOPs / rate) by the probes of dcompile/cost/machine.py, measured
 here just before, and its bytes those of weights and caches, as `dcompile profile` counts them (floors.py
 compares the two); where there are none, all that is read and written. Weights are rotated through copies
 larger than the caches; kernel and torch take turns, and the medians stand in the table, with the quartiles

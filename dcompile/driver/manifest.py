@@ -70,11 +70,11 @@ def _parameters(policy: Policy, options: Options, spec: ModelSpec) -> dict[str, 
 
 def _vocabulary(program: Program) -> int:
     """Rows of the embedding or of the vocabulary projection, for a module that does not say."""
-    from dcompile.ir import ops
+    from dcompile.ir import operators
     from dcompile.ir.edit import value
 
-    for node in program.calls(ops.VOCAB_CHOICE, ops.VOCAB_CHOICE_ASKED):
+    for node in program.calls(operators.VOCAB_CHOICE, operators.VOCAB_CHOICE_ASKED):
         return int(value(node.args[1]).shape[0])  # type: ignore[arg-type]
-    for node in program.calls(ops.CHOOSE, ops.CHOOSE_ASKED):
+    for node in program.calls(operators.CHOOSE, operators.CHOOSE_ASKED):
         return int(value(node.args[0]).shape[-1])  # type: ignore[arg-type]
     raise AssertionError("a step chooses tokens")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dcompile.codegen.cpu.lower import lower
 from dcompile.driver.pipeline import run
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program, Stage, StepShape
 from dcompile.ir.sizes import size_of
@@ -94,10 +94,10 @@ def test_rotary_tables_are_folded_to_the_compiled_length() -> None:
 
 def test_all_of_it_is_fused() -> None:
     program = planned(Model())
-    assert count(program, ops.NORM_ROPE_WRITE) == count(program, ops.ATTEND) == 1
-    assert count(program, ops.ROUTE) == count(program, ops.MOE_FFN) == 1
-    assert count(program, ops.VOCAB_CHOICE) == 1
-    assert not count(program, aten.einsum.default, ops.CHOOSE, ops.WRITE_ROWS)
+    assert count(program, operators.NORM_ROPE_WRITE) == count(program, operators.ATTEND) == 1
+    assert count(program, operators.ROUTE) == count(program, operators.MOE_FFN) == 1
+    assert count(program, operators.VOCAB_CHOICE) == 1
+    assert not count(program, aten.einsum.default, operators.CHOOSE, operators.WRITE_ROWS)
 
 
 def test_leaves_another_rotation() -> None:
@@ -106,7 +106,9 @@ def test_leaves_another_rotation() -> None:
             return x * cos + x.flip(-1) * sin
 
     program = planned(Interleaved())
-    assert count(program, ops.WRITE_ROWS) == 2 and not count(program, ops.NORM_ROPE_WRITE)
+    assert count(program, operators.WRITE_ROWS) == 2 and not count(
+        program, operators.NORM_ROPE_WRITE
+    )
     assert left_alone(program, "fuse_norm_rope_write")
 
 
@@ -120,7 +122,9 @@ def test_leaves_a_rotation_with_another_rest(rest: slice) -> None:
             return torch.cat((turned, x[..., rest]), -1)
 
     program = planned(Partial())
-    assert not count(program, ops.NORM_ROPE_WRITE) and left_alone(program, "fuse_norm_rope_write")
+    assert not count(program, operators.NORM_ROPE_WRITE) and left_alone(
+        program, "fuse_norm_rope_write"
+    )
 
 
 def test_fuses_a_rotation_of_half_a_head() -> None:
@@ -129,7 +133,7 @@ def test_fuses_a_rotation_of_half_a_head() -> None:
             turned = super().rotate(x[..., :4], cos[..., :4], sin[..., :4])
             return torch.cat((turned, x[..., 4:]), -1)
 
-    assert count(planned(Partial()), ops.NORM_ROPE_WRITE) == 1
+    assert count(planned(Partial()), operators.NORM_ROPE_WRITE) == 1
 
 
 def test_leaves_a_gate_that_is_not_top_k() -> None:
@@ -138,7 +142,7 @@ def test_leaves_a_gate_that_is_not_top_k() -> None:
             return self.gate(x).softmax(-1)
 
     program = planned(Everyone())
-    assert count(program, aten.einsum.default) == 3 and not count(program, ops.MOE_FFN)
+    assert count(program, aten.einsum.default) == 3 and not count(program, operators.MOE_FFN)
     assert left_alone(program, "fuse_moe")
 
 
@@ -148,7 +152,7 @@ def test_leaves_logits_that_are_changed_after_the_projection() -> None:
             return 30 * torch.tanh(self.head(x) / 30)
 
     program = planned(Capped())
-    assert count(program, ops.CHOOSE) == 1 and not count(program, ops.VOCAB_CHOICE)
+    assert count(program, operators.CHOOSE) == 1 and not count(program, operators.VOCAB_CHOICE)
     assert left_alone(program, "fuse_vocab_choice")
 
 
@@ -157,7 +161,7 @@ def test_only_chosen_rows_are_projected_and_all_keys_are_written() -> None:
     head = next(n for n in program.calls(aten.linear.default) if value(n).shape[-1] == 61)
     rows = size_of(value(head).shape[-2], program.symbols)
     assert rows == {"B": BLOCK}
-    (write,) = program.calls(ops.NORM_ROPE_WRITE)
+    (write,) = program.calls(operators.NORM_ROPE_WRITE)
     assert size_of(value(write.args[0]).shape[0], program.symbols) == {"R": 1}  # type: ignore[arg-type]
 
 

@@ -19,8 +19,8 @@ from native import Library, Value
 
 from dcompile.codegen import pack
 from dcompile.codegen.cpu import build
-from dcompile.ir.ops import SCORES
-from dcompile.ir.routing import route_limited
+from dcompile.ir.operators import SCORES
+from dcompile.ir.operators.route_limited import route_limited
 from dcompile.runtime.processor import cpu_flags
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
