@@ -1,6 +1,6 @@
 """Bytes moved and FLOPs done by every launch of an iteration, from the plan and what the iteration ran over.
 
-What a library kernel does is its operators' work (`ir/works.py`) over what the launch has of them in
+What a library kernel does is its operators' work (`ir/formulas.py`) over what the launch has of them in
 memory.  Functions printed for one plan, and calls of ATen, are counted by their buffers.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from dcompile.cost.call import Call, Facts, Launch, Plan, kernel_of, named_arguments
 from dcompile.ir.work import Work
-from dcompile.ir.works import WORKS
+from dcompile.ir.work.formulas import WORKS
 
 _PRODUCTS = ("aten.linear.", "aten.mm.", "aten.bmm.", "aten.matmul.")
 

@@ -62,7 +62,8 @@ def _cuda_table(
     lines = []
     width = max(map(len, kernels)) + 1
     for arch in artifact.manifest["kernels"]["architectures"]:
-        columns = f"{'launches':>9}{'MB read':>10}{'warps':>6}{'registers':>10}{'spills':>7}{'shared':>8}{'occ.':>6}"
+        columns = f"{'launches':>9}{'MB read':>10}{'warps':>6}{'registers':>10}{'spills':>7}"
+        columns += f"{'shared':>8}{'occ.':>6}"
         lines.append(f"{f'sm_{arch}':{width}}{columns}{'tensor':>7}{'wide':>5}  roles")
         for name, entry in kernels.items():
             launches = grouped.get(name, [])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dcompile.errors import OptionError
-from dcompile.ir import noise, operators
+from dcompile.ir import operators
+from dcompile.ir.operators import noise
 from dcompile.policies.base import Asked, Choice, Decision, Policy, first_best
 
 

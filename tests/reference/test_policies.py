@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from reference_policies import REFERENCES, Memory, Seen, choose, iterate
 
 from dcompile.decoding.rules import allowed
-from dcompile.ir import noise, operators
+from dcompile.ir import operators
+from dcompile.ir.operators import noise
 from dcompile.policies import Policy, find_policy, policy_names
 from dcompile.step.choose import Blocks, write_tokens
 from dcompile.step.plain_decode import fresh_state

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import Operator
+from dcompile.ir.work import formulas
 
 
 def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -31,5 +31,5 @@ def _(x, r, weight, eps):  # type: ignore[no-untyped-def]
 
 ADD_RMS_NORM = torch.ops.dcompile.add_rms_norm.default
 OPERATOR = Operator(
-    ADD_RMS_NORM, add_rms_norm, ("total", "y"), works.add_rms_norm, body=add_rms_norm
+    ADD_RMS_NORM, add_rms_norm, ("total", "y"), formulas.add_rms_norm, body=add_rms_norm
 )

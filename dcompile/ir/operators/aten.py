@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import Operator
+from dcompile.ir.work import formulas
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -13,8 +13,8 @@ RMS_NORM = aten.rms_norm.default
 EMBEDDING = aten.embedding.default
 INDEX_SELECT = aten.index_select.default
 OPERATORS = (
-    Operator(LINEAR, LINEAR, ("y",), works.linear, body=LINEAR),
-    Operator(RMS_NORM, RMS_NORM, ("y",), works.rms_norm, body=RMS_NORM),
-    Operator(EMBEDDING, EMBEDDING, ("out",), works.embedding, body=EMBEDDING),
-    Operator(INDEX_SELECT, INDEX_SELECT, ("out",), works.gather, body=INDEX_SELECT),
+    Operator(LINEAR, LINEAR, ("y",), formulas.linear, body=LINEAR),
+    Operator(RMS_NORM, RMS_NORM, ("y",), formulas.rms_norm, body=RMS_NORM),
+    Operator(EMBEDDING, EMBEDDING, ("out",), formulas.embedding, body=EMBEDDING),
+    Operator(INDEX_SELECT, INDEX_SELECT, ("out",), formulas.gather, body=INDEX_SELECT),
 )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import NEG_INF, Operator
+from dcompile.ir.work import formulas
 
 
 def attend(
@@ -53,4 +53,4 @@ def by_sequence(
 
 
 ATTEND = torch.ops.dcompile.attend.default
-OPERATOR = Operator(ATTEND, attend, ("o",), works.attend, body=by_sequence)
+OPERATOR = Operator(ATTEND, attend, ("o",), formulas.attend, body=by_sequence)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dcompile.ir.works import Counter
+from dcompile.ir.work.formulas import Counter
 
 NEG_INF = float("-inf")
 

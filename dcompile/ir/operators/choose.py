@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
-from dcompile.ir.noise import gumbel
 from dcompile.ir.operators.base import NEG_INF, Operator
+from dcompile.ir.operators.noise import gumbel
+from dcompile.ir.work import formulas
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -154,5 +154,5 @@ def always_sampled_four(*given: Tensor) -> Four:
 
 CHOOSE = torch.ops.dcompile.choose.default
 CHOOSE_ASKED = torch.ops.dcompile.choose_asked.default
-OPERATOR = Operator(CHOOSE, choose, RESULTS, works.choose, body=always_sampled_four)
-ASKED = Operator(CHOOSE_ASKED, choose_asked, ASKED_RESULTS, works.choose, body=always_sampled)
+OPERATOR = Operator(CHOOSE, choose, RESULTS, formulas.choose, body=always_sampled_four)
+ASKED = Operator(CHOOSE_ASKED, choose_asked, ASKED_RESULTS, formulas.choose, body=always_sampled)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import Operator
+from dcompile.ir.work import formulas
 
 F = torch.nn.functional
 # The place of an activation is its number in the kernels' ABI.
@@ -86,4 +86,4 @@ def every_expert(
 
 
 MOE_FFN = torch.ops.dcompile.moe_ffn.default
-OPERATOR = Operator(MOE_FFN, moe_ffn, ("y",), works.moe_ffn, body=every_expert)
+OPERATOR = Operator(MOE_FFN, moe_ffn, ("y",), formulas.moe_ffn, body=every_expert)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.add_rms_norm import rms
 from dcompile.ir.operators.base import Operator
+from dcompile.ir.work import formulas
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,6 +63,6 @@ OPERATOR = Operator(
     NORM_ROPE_WRITE,
     norm_rope_write,
     ("q", "new_keys", "new_values"),
-    works.norm_rope_write,
+    formulas.norm_rope_write,
     body=norm_rope_write,
 )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import NEG_INF, Operator
+from dcompile.ir.work import formulas
 
 # By what experts are chosen, and what they are weighted with; the place is the number in the ABI.
 SCORES = ("softmax", "sigmoid", "softmax_chosen", "sigmoid_by_logits", "softmax_by_logits")
@@ -86,4 +86,4 @@ def _(logits, bias, top_k, score, groups, kept_groups, renormalize, scale):  # t
 
 
 ROUTE = torch.ops.dcompile.route.default
-OPERATOR = Operator(ROUTE, route, ("weights", "experts"), works.route, body=route)
+OPERATOR = Operator(ROUTE, route, ("weights", "experts"), formulas.route, body=route)

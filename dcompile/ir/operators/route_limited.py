@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import NEG_INF, Operator
 from dcompile.ir.operators.route import best, scores, shares
+from dcompile.ir.work import formulas
 
 
 def route_limited(
@@ -95,4 +95,4 @@ def _(logits, bias, row_seq, row_pos, block_seq, block_pos, top_k, *how):  # typ
 
 
 ROUTE_LIMITED = torch.ops.dcompile.route_limited.default
-OPERATOR = Operator(ROUTE_LIMITED, route_limited, ("weights", "experts"), works.route)
+OPERATOR = Operator(ROUTE_LIMITED, route_limited, ("weights", "experts"), formulas.route)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import Operator
+from dcompile.ir.work import formulas
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -24,4 +24,4 @@ def _(gate, up):  # type: ignore[no-untyped-def]
 
 
 SILU_MUL = torch.ops.dcompile.silu_mul.default
-OPERATOR = Operator(SILU_MUL, silu_mul, ("y",), works.silu_mul, body=silu_mul)
+OPERATOR = Operator(SILU_MUL, silu_mul, ("y",), formulas.silu_mul, body=silu_mul)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import NEG_INF, Operator
+from dcompile.ir.work import formulas
 
 
 def soft_embed(logits: Tensor, table: Tensor, live: Tensor, weight: Tensor) -> Tensor:
@@ -53,5 +53,5 @@ def _(x, head, bias, table, live, weight):  # type: ignore[no-untyped-def]
 
 SOFT_EMBED = torch.ops.dcompile.soft_embed.default
 VOCAB_SOFT_EMBED = torch.ops.dcompile.vocab_soft_embed.default
-OPERATOR = Operator(SOFT_EMBED, soft_embed, ("y",), works.soft_embed)
-OF_ROWS = Operator(VOCAB_SOFT_EMBED, vocab_soft_embed, ("y",), works.vocab_soft_embed)
+OPERATOR = Operator(SOFT_EMBED, soft_embed, ("y",), formulas.soft_embed)
+OF_ROWS = Operator(VOCAB_SOFT_EMBED, vocab_soft_embed, ("y",), formulas.vocab_soft_embed)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import Operator
 from dcompile.ir.operators.choose import (
     ASKED_RESULTS,
@@ -16,6 +15,7 @@ from dcompile.ir.operators.choose import (
     four_like,
     seven_like,
 )
+from dcompile.ir.work import formulas
 
 
 def vocab_choice(
@@ -67,5 +67,5 @@ def _(x, weight, bias, live, temperature, seed, tick, pos, asked, mask_id):  # t
 
 VOCAB_CHOICE = torch.ops.dcompile.vocab_choice.default
 VOCAB_CHOICE_ASKED = torch.ops.dcompile.vocab_choice_asked.default
-OPERATOR = Operator(VOCAB_CHOICE, vocab_choice, RESULTS, works.vocab_choice)
-ASKED = Operator(VOCAB_CHOICE_ASKED, vocab_choice_asked, ASKED_RESULTS, works.vocab_choice)
+OPERATOR = Operator(VOCAB_CHOICE, vocab_choice, RESULTS, formulas.vocab_choice)
+ASKED = Operator(VOCAB_CHOICE_ASKED, vocab_choice_asked, ASKED_RESULTS, formulas.vocab_choice)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dcompile.ir import works
 from dcompile.ir.operators.base import Operator
+from dcompile.ir.work import formulas
 
 
 def write_rows(cache: Tensor, rows: Tensor, row_seq: Tensor, row_pos: Tensor) -> Tensor:
@@ -24,4 +24,4 @@ def _(cache, rows, row_seq, row_pos):  # type: ignore[no-untyped-def]
 
 
 WRITE_ROWS = torch.ops.dcompile.write_rows.default
-OPERATOR = Operator(WRITE_ROWS, write_rows, ("new_cache",), works.write_rows, body=write_rows)
+OPERATOR = Operator(WRITE_ROWS, write_rows, ("new_cache",), formulas.write_rows, body=write_rows)

@@ -20,7 +20,7 @@ from dcompile.codegen.operands import Kernel
 from dcompile.cost.call import family
 from dcompile.ir import operators
 from dcompile.ir.operators import ATEN, OPERATORS, Operator
-from dcompile.ir.works import WORKS
+from dcompile.ir.work.formulas import WORKS
 from dcompile.runtime.cpu.abi import read_kernels
 
 aten = torch.ops.aten

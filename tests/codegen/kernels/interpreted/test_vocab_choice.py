@@ -14,7 +14,8 @@ from interpreted import TYPES, poisoned, run
 from dcompile.codegen.kernels import vocab_choice
 from dcompile.codegen.kernels.noise import gumbel, noise_key
 from dcompile.codegen.triton.tiles import Tiles
-from dcompile.ir import noise, operators
+from dcompile.ir import operators
+from dcompile.ir.operators import noise
 
 assert interpreter
 RESULTS = ("token", "confidence", "margin", "entropy")
