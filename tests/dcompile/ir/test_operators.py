@@ -6,6 +6,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,11 @@ def test_every_triton_kernel_says_what_it_computes() -> None:
 def test_shares_of_a_split_operator_add_up() -> None:
     split = ("moe_ffn:sort_by_expert", "moe_ffn:gate_up", "moe_ffn:down")
     assert sum(cuda.KERNELS[name].parts[0].share for name in split) == pytest.approx(1)
+
+
+def test_what_an_operator_costs_needs_no_torch() -> None:
+    """An artifact is profiled and explained where torch is not installed."""
+    names = ("ir.work.formulas", "codegen.cpu.operands", "codegen.cuda.operands")
+    code = f"import sys, {', '.join(f'dcompile.{n}' for n in names)}; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
