@@ -6,8 +6,8 @@ Each target has a table of its kernels beside its selectors, `cpu/operands.py` a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 _OPERAND = re.compile(r"(\w+)(?:=(-|\w+))?(?:\[([^\]]*)\])?$")
 
@@ -38,13 +38,21 @@ class Part:
     share: float = 1
     """Of the operator's FLOPs; its bytes are those of the operands that the launch has."""
 
-    def read(self) -> Iterator[Operand]:
-        for text in self.operands.split():
-            found = _OPERAND.match(text)
-            assert found is not None, text
-            name, argument, shape = found.groups()
-            held = "" if argument == "-" else argument or name
-            yield Operand(name, held, None if shape is None else tuple(shape.split(",")))
+    def read(self) -> tuple[Operand, ...]:
+        return _read(self.operands)
+
+
+@cache
+def _read(operands: str) -> tuple[Operand, ...]:
+    return tuple(map(_operand, operands.split()))
+
+
+def _operand(text: str) -> Operand:
+    found = _OPERAND.match(text)
+    assert found is not None, text
+    name, argument, shape = found.groups()
+    held = "" if argument == "-" else argument or name
+    return Operand(name, held, None if shape is None else tuple(shape.split(",")))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ Plan = Mapping[str, Any]
 Launch = Mapping[str, Any]
 Ints = npt.NDArray[np.int64]
 STORED = ("weight", "constant")
+ROUTERS = ("route", "route_limited")
+CHOICES = ("vocab_choice", "vocab_choice_asked")
+MIXTURES = ("soft_embed", "vocab_soft_embed")
 _SUFFIXES = ("f32", "bf16", "f16")
 
 
@@ -84,9 +87,9 @@ class Call:
         if part.operator == "attend":
             seen, read = facts.keys(of["o"].shape[0])
             return Touched(fresh=facts.R, seen=seen, read=read)
-        if part.operator.startswith("vocab_choice"):
+        if part.operator in CHOICES:
             return Touched(live=facts.live.get(self.at))
-        if part.operator.endswith("soft_embed"):
+        if part.operator in MIXTURES:
             # How many rows are still masks is not looked at: those that choose tokens, at least.
             return Touched(live=sum(facts.live.values()) if facts.live else None)
         chosen = None if self.routed is None else facts.experts.get(self.routed)

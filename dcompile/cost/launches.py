@@ -1,6 +1,6 @@
 """Bytes moved and FLOPs done by every launch of an iteration, from the plan and what the iteration ran over.
 
-What a library kernel does is its operators' work (`ir/formulas.py`) over what the launch has of them in
+What a library kernel does is its operators' work (`ir/work/formulas.py`) over what the launch has of them in
 memory.  Functions printed for one plan, and calls of ATen, are counted by their buffers.
 """
 
@@ -10,7 +10,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dcompile.cost.call import Call, Facts, Launch, Plan, kernel_of, named_arguments
+from dcompile.cost.call import (
+    CHOICES,
+    ROUTERS,
+    Call,
+    Facts,
+    Launch,
+    Plan,
+    kernel_of,
+    named_arguments,
+)
 from dcompile.ir.work import Work
 from dcompile.ir.work.formulas import WORKS
 
@@ -80,13 +89,13 @@ def routers(plan: Plan) -> list[int | None]:
 
 
 def is_router(launch: Launch) -> bool:
-    return any(name.startswith("route") for name in _names(launch))
+    return any(name in ROUTERS for name in _names(launch))
 
 
 def chosen_experts(launch: Launch) -> int | None:
     """The buffer i32 [rows, k] that a router writes; what it hands to its own next launch is none."""
     for name in _names(launch):
-        buffer = _held(launch, name, "experts") if name.startswith("route") else None
+        buffer = _held(launch, name, "experts") if name in ROUTERS else None
         if buffer in launch["writes"]:
             return buffer
     return None
@@ -104,7 +113,7 @@ def live_candidates(launch: Launch) -> int | None:
     """The buffer that says which candidates the choice of tokens is asked for."""
     kernel = kernel_of(launch)
     for part in kernel.parts if kernel is not None else ():
-        if part.operator.startswith("vocab_choice") and part.share:
+        if part.operator in CHOICES and part.share:
             return _held(launch, part.operator, "live")
     return None
 

@@ -46,7 +46,7 @@ def probes(plan: PlanText) -> dict[int, int]:
 
 
 def look(executor: Launcher, binding: Binding, probes: Mapping[int, int]) -> dict[int, Any]:
-    """One step, stopped after each probed launch, with what it left there: a later one may use the place."""
+    """One step, stopped after each probed launch for a copy of its buffer: a later one may use the place."""
     found, at = {}, 0
     for launch, buffer in sorted(probes.items()):
         executor.launch(binding, part=(at, launch + 1))
