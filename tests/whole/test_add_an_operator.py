@@ -158,15 +158,21 @@ def test_without_a_kernel_it_is_refused(target: str, checkpoint: Path, tmp_path:
     assert "CONTRIBUTING.md" in str(refused.value.remedy)
 
 
+@pytest.mark.parametrize(("target", "table"), [("cpu", cpu.TABLE), ("cuda:sm_90", cuda.TABLE)])
 @pytest.mark.usefixtures("in_the_pipeline")
 def test_a_kernel_for_other_dtypes_is_another_refusal(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str,
+    table: dict[object, object],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(cpu.TABLE, MUL_SILU, lambda program, node: None)
+    monkeypatch.setitem(table, MUL_SILU, lambda program, node: None)
     with pytest.raises(UnsupportedModel) as refused:
-        compile_checkpoint(checkpoint, OPTIONS, tmp_path / "model.dcx")
-    what = refused.value.what
-    assert what.startswith("no CPU kernel of dcompile.mul_silu takes these dtypes and shapes: f32[")
+        compile_checkpoint(checkpoint, OPTIONS.changed(target=target), tmp_path / "model.dcx")
+    name = target.partition(":")[0].upper()
+    stem = f"no {name} kernel of dcompile.mul_silu takes these dtypes and shapes: f32["
+    assert refused.value.what.startswith(stem)
     assert "--dtype" in str(refused.value.remedy)
 
 
