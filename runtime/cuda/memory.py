@@ -23,8 +23,8 @@ from dcompile.runtime.weights import ALIGN, DTYPES
 
 LOOP = ("limit", "turn", "go", "finished", "performed")
 """The loop's own memory, in the order in which it lies behind the inputs."""
-_INVISIBLE = ("keys.", "values.")
-"""State that the host never looks at."""
+_VISIBLE = ("canvas", "policy")
+"""Kinds of state that the host looks at; the others are many bytes that only kernels touch."""
 
 
 @dataclass
@@ -83,17 +83,15 @@ class DeviceBinding(Binding):
 class Mirrors(Mapping[str, torch.Tensor]):
     """State by name: what the host reads and writes has a copy there, pushed and pulled slot by slot.
 
-    Of the others (keys and values) one gets a copy as they are now.
+    Of the others (keys and values, mixtures of smoothing) one gets a copy as they are now.
     """
 
     def __init__(self, plan: Plan, device: Device, addresses: Mapping[str, int]) -> None:
         self._plan, self._device, self._addresses = plan, device, addresses
         self._pinned: list[int] = []
         self._held: dict[str, torch.Tensor] = {}
-        for name, index in plan.state.items():
-            if name.startswith(_INVISIBLE):
-                continue
-            buffer = plan.buffers[index]
+        for name in plan.holding(*_VISIBLE):
+            buffer = plan.buffers[plan.state[name]]
             size = buffer.bytes(1, 1)
             address, view = device.pinned(size)
             self._pinned.append(address)

@@ -44,9 +44,10 @@ def check_inputs(plan: Plan, parameters: set[str], where: str) -> None:
             raise ArtifactError(what, where=where, remedy="compile the model again")
 
 
-def canvas_of(executor: Backend, limits: Limits, where: str) -> Ints:
+def canvas_of(plan: Plan, executor: Backend, limits: Limits, where: str) -> Ints:
     """The token ids [slots, positions], shared with the executor."""
-    canvas = executor.state.get("canvas")
+    names = plan.holding("canvas")
+    canvas = executor.state[names[0]] if len(names) == 1 else None
     if canvas is None or canvas.shape != (limits.batch, limits.max_length):
         raise ArtifactError("the plan has no canvas of slots and positions", where=where)
     if canvas.dtype != torch.int64:
@@ -62,11 +63,7 @@ def policy_state(artifact: Artifact, executor: Backend) -> list[tuple[str, bool]
     except (TypeError, KeyError, AttributeError) as error:
         what = "the manifest's list of the policy's state cannot be read"
         raise ArtifactError(what, where=str(artifact.path)) from error
-    return [
-        (name, resets.get(name) == "block")
-        for name in executor.state
-        if name != "canvas" and not name.startswith(("keys.", "values."))
-    ]
+    return [(name, resets.get(name) == "block") for name in artifact.plan.holding("policy", "soft")]
 
 
 def fill_rows(

@@ -63,7 +63,7 @@ class Runner:
         self.watch: Watch | None = None
         self._lock = Lock()
         self._positions = np.arange(self.limits.max_length + 1, dtype=np.int64)
-        self._canvas: Ints = canvas_of(executor, self.limits, where)
+        self._canvas: Ints = canvas_of(artifact.plan, executor, self.limits, where)
         self._scrubbed = policy_state(artifact, executor)
         check_inputs(artifact.plan, set(self.limits.parameters), where)
 

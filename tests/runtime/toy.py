@@ -71,8 +71,9 @@ def plan(toy: Toy) -> dict[str, Any]:
         )
 
     R, B, n = {"R": 1}, {"B": 1}, toy.block
-    for name in ("canvas", "keys.0", "keys.1"):
-        add(name, "i64", [toy.batch, toy.length], "state")
+    states = {"canvas": "canvas", "keys_0": "kv", "keys_1": "kv"}
+    for name, holds in states.items():
+        add(name, "i64", [toy.batch, toy.length], "state", holds=holds)
     for name in ("row_seq", "row_pos", "row_limit"):
         add(name, "i64", [R], "input")
     for name in ("block_pos", "choice_row"):
@@ -119,8 +120,8 @@ def plan(toy: Toy) -> dict[str, Any]:
         *(
             native(
                 "toy_layer",
-                [f"h{k + 1}", f"keys.{k}"],
-                f"h{k + 1} h{k} keys.{k} row_seq row_pos row_limit",
+                [f"h{k + 1}", f"keys_{k}"],
+                f"h{k + 1} h{k} keys_{k} row_seq row_pos row_limit",
                 R,
                 toy.length,
             )
@@ -152,7 +153,7 @@ def plan(toy: Toy) -> dict[str, Any]:
             {"kind": "aten", "start": 4, "end": 6},
         ],
         "inputs": {name: index[name] for name in inputs},
-        "state": {name: index[name] for name in ("canvas", "keys.0", "keys.1")},
+        "state": {name: index[name] for name in states},
         "outputs": {name: index[name] for name in ("done", "commit", "token", "confidence")},
     }
 

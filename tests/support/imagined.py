@@ -128,9 +128,10 @@ def _plan(policy: Policy, sizes: dict[str, int], pipelined: bool) -> dict[str, A
             {"name": name, "dtype": dtype, "shape": shape, "place": {"kind": kind, **place}}
         )
 
-    add("canvas", "i64", [sizes["N"], sizes["L"]], "state")
+    add("canvas", "i64", [sizes["N"], sizes["L"]], "state", holds="canvas")
     for name, state in policy.state.items():
-        add(name, DTYPES[state.dtype], [sizes["N"], *state.shape(n)], "state")
+        shape = [sizes["N"], *state.shape(n)]
+        add(name, DTYPES[state.dtype], shape, "state", holds="policy")
     for name in ("row_seq", "row_pos", "row_limit"):
         add(name, "i64", [R], "input")
     for name in ("block_pos", "choice_row"):

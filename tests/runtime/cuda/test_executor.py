@@ -153,7 +153,7 @@ def test_a_step_and_its_times(tmp_path: Path, code: bytes, on_gpu: OnGpu) -> Non
         found[-1]["canvas"] = executor.state["canvas"].clone()
     for name in ("token", "confidence", "commit", "done", "canvas"):
         assert torch.equal(found[0][name], found[1][name]), name
-    assert torch.equal(cpu.state["keys.1"], gpu.state["keys.1"])
+    assert torch.equal(cpu.state["keys_1"], gpu.state["keys_1"])
     gpu.state["canvas"].fill_(MASK)
     kernel = fake.kernels["toy_choose"]
     fake.kernels["toy_choose"] = lambda launch: (kernel(launch), fake.spend(41))  # type: ignore
