@@ -18,7 +18,7 @@ _MOST = {"N": 1 << 16, "L": 1 << 24, "n": 1 << 24}
 _REMEDY = "compile the model again"
 HOLDS = ("canvas", "kv", "policy", "soft")
 """What a state is: the tokens, keys or values, a decoding policy's own, the mixtures of smoothing."""
-_LOOP = {"finished", "performed", "turn", "limit", "go"}
+_LOOP = {"finished", "performed", "turn", "limit", "go", "wanted"}
 """What the launch that ends a turn on the device is given of the loop's own memory."""
 
 Where = Literal["native", "aten", "cuda"]

@@ -19,10 +19,14 @@ from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.cuda.device import Bytes, Device
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.state import Binding, BoundMemory
+from dcompile.runtime.turns import Flag
 from dcompile.runtime.weights import ALIGN, DTYPES
 
 LOOP = ("limit", "turn", "go", "finished", "performed")
-"""The loop's own memory, in the order in which it lies behind the inputs."""
+"""The loop's own memory, in the order in which it lies behind the inputs.
+
+`wanted` is no part of it: one word of the host's, which the GPU reads over the bus at every turn.
+"""
 _VISIBLE = ("canvas", "policy")
 """Kinds of state that the host looks at; the others are many bytes that only kernels touch."""
 
@@ -175,6 +179,8 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
             device.fill(addresses[name], 0, size)
         device.wait()
         self.state = Mirrors(self.plan, device, addresses)
+        self._wanted, word = device.pinned(4)
+        self.wanted: Flag = word.view(np.int32)
         self._arena = self._arena_bytes = 0
         self._zeroed = {
             index: (0, 0) for index, b in enumerate(self.plan.buffers) if b.kind == "zeroed"
@@ -186,6 +192,8 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
         """Give everything back; nothing may be used after."""
         self._drop_all()
         self.state.close()
+        self.device.free_pinned(self._wanted)
+        self.wanted = np.zeros(1, np.int32)
         zeroed = [address for address, size in self._zeroed.values() if size]
         for address in (*self._owned, *zeroed, *([self._arena] if self._arena_bytes else [])):
             self.device.free(address)
@@ -261,7 +269,10 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
             device=self.device,
             places=places,
             base=self._arena,
-            loop={name: place + pieces[f"loop {name}"][0] for name in LOOP},
+            loop={
+                "wanted": self._wanted,
+                **{name: place + pieces[f"loop {name}"][0] for name in LOOP},
+            },
             staging=(host, place, at),
             results=(answer, place + begin, at - begin),
         )

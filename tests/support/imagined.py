@@ -31,6 +31,7 @@ class Imagined:
     ) -> None:
         self.plan, self.policy, self.model, self.mask_id = plan, policy, model, mask_id
         self.check_every = check_every
+        self.wanted = np.zeros(1, np.int32)
         self.memory = Memory(SimpleNamespace(plan=plan))  # type: ignore[arg-type]
         self.state = self.memory.state
 
@@ -38,7 +39,9 @@ class Imagined:
         return self.memory.bind(R, B)
 
     def repeat(self, binding: Any, turns: int) -> Turns:
-        return repeat(lambda: self._step(binding), binding.arrays, turns, self.check_every)
+        return repeat(
+            lambda: self._step(binding), binding.arrays, turns, self.check_every, self.wanted
+        )
 
     def _step(self, binding: Any) -> Bools:
         given = {name: tensor.clone() for name, tensor in binding.inputs.items()}

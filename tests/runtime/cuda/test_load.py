@@ -227,7 +227,7 @@ def view(offset: Any) -> Callable[[Json, Json, Any], None]:
         (of_launch(0, grid=[{"cdiv": [{"R": 1}, 0]}, 1, 1]), "divides by no positive number"),
         (of_launch(0, grid=[{"pow": [2, 3]}, 1, 1]), "is no size"),
         (of_launch(0, where="native"), "of cuda launches has others in it"),
-        (lambda t, k, f: t["loop"]["args"].pop(), "8 arguments, its kernel takes 9"),
+        (lambda t, k, f: t["loop"]["args"].pop(), "9 arguments, its kernel takes 10"),
         (lambda t, k, f: t["loop"]["args"][3].update(loop="clock"), "memory that no loop has"),
         (lambda t, k, f: t["loop"]["args"].reverse(), "another kind|is i32"),
     ],
