@@ -52,7 +52,10 @@ def advance(
 
 
 def launches(*, sequences: Expression, most: int) -> Lowering:
-    """Operands done, iteration, tick, finished, performed, turn, limit, go, wanted; at most `most` sequences."""
+    """Operands done, iteration, tick, finished, performed, turn, limit, go, wanted.
+
+    At most `most` sequences.
+    """
     arguments: list[Argument] = [
         operand("done", "bool"),
         *(operand(name, "i64") for name in ("iteration", "tick")),
