@@ -40,6 +40,8 @@ class Toy:
     warmup: int = 0
     refresh_every: int = 1
     cross_block: bool = True
+    blocks: int = 1
+    """More than one are pipelined, each of which commits a token an iteration."""
 
     @property
     def stores(self) -> bool:
@@ -144,7 +146,10 @@ def plan(toy: Toy) -> dict[str, Any]:
     inputs = [b["name"] for b in buffers if b["place"]["kind"] == "input"]
     return {
         "symbols": ["R", "B"],
-        "sizes": {"N": toy.batch, "L": toy.length, "n": n},
+        "sizes": {
+            **{"N": toy.batch, "L": toy.length, "n": n},
+            **({"blocks": toy.blocks} if toy.blocks > 1 else {}),
+        },
         "buffers": buffers,
         "slots": 8,
         "launches": launches,
@@ -159,6 +164,7 @@ def plan(toy: Toy) -> dict[str, Any]:
 
 
 def manifest(toy: Toy) -> dict[str, Any]:
+    pipeline = {"tau_add": 0.3, "tau_activate": 0.9} if toy.blocks > 1 else {}
     return {
         "dcompile": "0",
         "target": "cpu",
@@ -175,13 +181,14 @@ def manifest(toy: Toy) -> dict[str, Any]:
         },
         "options": {
             "cache": toy.cache,
+            "manager": "pipelined" if toy.blocks > 1 else "blockwise",
             "look_back": toy.look_back,
             "look_ahead": toy.look_ahead,
             "warmup": toy.warmup,
             "refresh_every": toy.refresh_every,
             "cross_block": toy.cross_block,
         },
-        "policy": {"name": "threshold", "parameters": {"threshold": 0.9}, "state": []},
+        "policy": {"name": "threshold", "parameters": {"threshold": 0.9, **pipeline}, "state": []},
         "kernels": {"isas": {"any": {"requires": [], "files": ["kernels/any.so"]}}},
     }
 
