@@ -82,6 +82,12 @@ def test_json_is_one_object_and_nothing_else(
     assert found["text"] is None and found["seconds"] > 0
 
 
+def test_any_length_is_generated(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", artifact, "--prompt-ids", "1,3,4", "--gen-length", "7", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["all_tokens"] == toy.decode(Toy(), [1, 3, 4], 8)[0][:7]
+
+
 def test_prompts_are_answered_in_order(
     artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +172,6 @@ def test_any_parameter_can_be_set(artifact: str, capsys: pytest.CaptureFixture[s
         (["--prompt", "text"], "no tokenizer"),
         (["--prompt-ids", str(MASK)], "mask id"),
         (["--prompt-ids", "99"], "outside the vocabulary"),
-        (["--prompt-ids", "1", "--gen-length", "7"], "use 4 or 8"),
         (["--prompt-ids", "1", "--gen-length", "0"], "0 tokens"),
         (["--prompt-ids", "1", "--gen-length", "400"], "--max-length"),
         (["--prompt-ids", "1", "--threshold", "2"], "at most 1"),
