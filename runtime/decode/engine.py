@@ -9,21 +9,19 @@ from dataclasses import dataclass, field
 from threading import Lock
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 
 from dcompile.errors import Full, RequestError
 from dcompile.runtime.decode.blockwise import Blockwise
 from dcompile.runtime.decode.caches import none, stores_blocks
+from dcompile.runtime.decode.loaded import Loaded
 from dcompile.runtime.decode.pipelined import Pipelined
 from dcompile.runtime.decode.requests import Request
 from dcompile.runtime.decode.sequence import Committed, Result, Served
 from dcompile.runtime.decode.slots import Slot
 from dcompile.runtime.decode.step import Manager, Part, Stepper
-
-if TYPE_CHECKING:
-    from dcompile.runtime.decode.loop import Runner
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Loaded,
         *,
         waiting: int | None = 512,
         waiting_positions: int | None = 1 << 20,

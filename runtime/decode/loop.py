@@ -1,26 +1,18 @@
-"""A loaded artifact: prompts in, tokens out."""
+"""`generate`: prompts in, tokens out."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from threading import Lock
-from typing import Self
 
-from dcompile.errors import ArtifactError
-from dcompile.runtime.artifact import Artifact, open_artifact
+from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.backend import Backend
-from dcompile.runtime.decode.caches import CachePolicy, cache_policy
 from dcompile.runtime.decode.engine import Emit, Engine, Event, Failed, Finished
-from dcompile.runtime.decode.inputs import check_inputs
-from dcompile.runtime.decode.requests import Limits, Request, stream, token_ids
+from dcompile.runtime.decode.loaded import Loaded
+from dcompile.runtime.decode.requests import Request, stream
 from dcompile.runtime.decode.sequence import Committed, Result
-from dcompile.runtime.decode.slots import slots_of
-from dcompile.runtime.decode.step import Watch
-from dcompile.runtime.opening import open_backend
-from dcompile.runtime.tokens import Tokenizer
 
 OnBlock = Callable[[int, list[int]], None]
 """Takes the index of a prompt and the tokens that its latest block generated."""
@@ -28,41 +20,12 @@ OnResult = Callable[[int, Result], None]
 """Takes the index of a prompt and its result, at once when it is there."""
 
 
-class Runner:
-    """A loaded artifact and its slots; `watch` sees each step, `cache` may be set anew."""
+class Runner(Loaded):
+    """A loaded artifact: prompts in, tokens out."""
 
     def __init__(self, artifact: Artifact, executor: Backend) -> None:
-        self.artifact, self.executor = artifact, executor
-        where = str(artifact.path)
-        self.limits = Limits.read(artifact.manifest, artifact.plan.sizes, where)
-        self.cache: CachePolicy = cache_policy(artifact.manifest["options"], self.limits.span)
-        self.tokenizer = Tokenizer(artifact)
-        self.watch: Watch | None = None
-        self.slots = slots_of(artifact, executor, self.limits)
-        self.slots_taken = Lock()
-        """Held by the engine that serves requests in them."""
+        super().__init__(artifact, executor)
         self._turn = Lock()
-        check_inputs(artifact.plan, set(self.limits.parameters), where)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        verify: bool = True,
-        threads: int | None = None,
-        weights_at: str | Path | None = None,
-    ) -> Self:
-        """Open an artifact; `verify=False` does not hash its files.
-
-        `weights_at` is the folder of weights outside the artifact, where they are not beside it.
-        """
-        artifact = open_artifact(path, verify, weights_at)
-        try:
-            return cls(artifact, open_backend(artifact, threads))
-        except MemoryError as error:
-            what = "this machine has too little memory for what the plan asks"
-            raise ArtifactError(what, where=str(path), remedy="compile it smaller") from error
 
     def generate(
         self,
@@ -103,16 +66,6 @@ class Runner:
             while engine.turn():
                 pass
         return [told.results[index] for index in range(len(prompts))]
-
-    def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
-        """The token ids of a prompt, which may be ids already: a list, or an array of any library."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, chat)
-        return token_ids(prompt)
-
-    def decode(self, tokens: Sequence[int]) -> str | None:
-        """Tokens as text; None where the artifact has no tokenizer."""
-        return self.tokenizer.decode(tokens) if self.tokenizer.present else None
 
 
 class _Told:
