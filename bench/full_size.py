@@ -99,7 +99,7 @@ def run_part(artifact: Path, threads: int) -> dict[str, float]:
         start = time.perf_counter()
         runner.executor.step(inputs)
         samples.append((time.perf_counter() - start) * 1e3)
-    machine = measure(torch.bfloat16, threads)
+    machine = measure("bfloat16", threads)
     touched = touched_experts(runner.executor, runner.executor.fill(inputs))
     costs = step_cost(plan.text, BLOCK, 1, BLOCK, CONTEXT, touched)
     floor = sum(c.seconds(machine) for c in costs) * 1e3

@@ -1,14 +1,16 @@
-"""Tensors as bytes: the safetensors layout, written so that a tensor can be used where mapped."""
+"""Arrays as bytes: the safetensors layout, written so that a tensor can be used where mapped."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
-import torch
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 
 from dcompile.errors import ArtifactError
 from dcompile.untrusted import MOST_HEADER, parse_json
@@ -17,17 +19,18 @@ ALIGN = 64
 SHARD_BYTES = 64 << 20
 """A shard is closed once it holds this much; what is larger has a shard of its own."""
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "f32": torch.float32,
-    "bf16": torch.bfloat16,
-    "f16": torch.float16,
-    "f64": torch.float64,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "i16": torch.int16,
-    "i8": torch.int8,
-    "u8": torch.uint8,
-    "bool": torch.bool,
+Array = npt.NDArray[Any]
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f16": np.dtype(np.float16),
+    "f64": np.dtype(np.float64),
+    "i64": np.dtype(np.int64),
+    "i32": np.dtype(np.int32),
+    "i16": np.dtype(np.int16),
+    "i8": np.dtype(np.int8),
+    "u8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
 }
 """The plan's names; in capitals they are those of safetensors."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -39,28 +42,27 @@ class Entry:
     """Where a tensor lies: in which file, and from which byte of it."""
 
     file: str
-    dtype: torch.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     start: int
     bytes: int
 
 
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, in place where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+def raw(array: Array) -> memoryview:
+    """The bytes of an array, in place where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[memoryview]]:
+def shards(tensors: Iterable[tuple[str, Array]]) -> Iterator[list[memoryview]]:
     """Group tensors into files of the safetensors format, each as the pieces to write in order.
 
     Holds less than `SHARD_BYTES` and one tensor at a time; never asks for the next tensor before
     the shard of the one before it was taken, if that was large.
     """
-    pending: list[tuple[str, torch.Tensor]] = []
+    pending: list[tuple[str, Array]] = []
     held = 0
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         if pending and held + size > SHARD_BYTES:
             yield _shard(pending)
             pending, held = [], 0
@@ -74,7 +76,7 @@ def shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[memoryv
         yield _shard(pending)
 
 
-def _shard(tensors: list[tuple[str, torch.Tensor]]) -> list[memoryview]:
+def _shard(tensors: list[tuple[str, Array]]) -> list[memoryview]:
     header: dict[str, object] = {}
     pieces: list[memoryview] = []
     end = 0
@@ -123,12 +125,7 @@ def entries(data: memoryview, file: str) -> Iterator[tuple[str, Entry]]:
         raise broken("a weight file's header cannot be read") from error
 
 
-def tensor(data: memoryview, entry: Entry) -> torch.Tensor:
+def mapped(data: memoryview, entry: Entry) -> Array:
     """The tensor over the mapped bytes themselves; it must not be written to."""
-    if entry.bytes == 0:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        count = entry.bytes // entry.dtype.itemsize
-        flat = torch.frombuffer(data, dtype=entry.dtype, count=count, offset=entry.start)
-    return flat.reshape(entry.shape)
+    flat = np.frombuffer(data[entry.start : entry.start + entry.bytes], dtype=np.uint8)
+    return flat.view(entry.dtype).reshape(entry.shape)

@@ -136,7 +136,7 @@ class Observer:
         found, at = {}, 0
         for launch, buffer in self._probes.items():
             self._executor.launch(binding, part=(at, launch + 1))
-            found[launch] = np.asarray(binding.tensor(buffer)).copy()
+            found[launch] = binding.values(buffer).copy()
             at = launch + 1
         self._executor.launch(binding, part=(at, len(self._executor.plan.launches)))
         return found
@@ -150,7 +150,7 @@ def _confidence(binding: Binding, shape: Sequence[int]) -> Floats:
     out = np.full(tuple(shape), np.nan)
     place, arrays = binding.plan.outputs.get("confidence"), binding.arrays
     if place is not None and {"block_seq", "block_pos"} <= arrays.keys():
-        out[arrays["block_seq"][:, None], arrays["block_pos"]] = np.asarray(binding.tensor(place))
+        out[arrays["block_seq"][:, None], arrays["block_pos"]] = binding.values(place)
     return out
 
 

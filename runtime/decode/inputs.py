@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from dcompile.errors import ArtifactError
 from dcompile.runtime.artifact import Artifact
@@ -49,9 +48,9 @@ def canvas_of(executor: Backend, limits: Limits, where: str) -> Ints:
     canvas = executor.state.get("canvas")
     if canvas is None or canvas.shape != (limits.batch, limits.max_length):
         raise ArtifactError("the plan has no canvas of slots and positions", where=where)
-    if canvas.dtype != torch.int64:
+    if canvas.dtype != np.int64:
         raise ArtifactError("the plan's canvas does not hold 64-bit ids", where=where)
-    return np.asarray(canvas)
+    return canvas
 
 
 def policy_state(artifact: Artifact, executor: Backend) -> list[tuple[str, bool]]:

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Protocol, Self
 
 import numpy as np
-import torch
 
 from dcompile.errors import ArtifactError, ContractError
 from dcompile.runtime.artifact import Artifact, open_artifact
@@ -129,7 +128,7 @@ class Runner:
         """The token ids of a prompt, which may be ids already."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, chat)
-        if isinstance(prompt, (torch.Tensor, np.ndarray)):
+        if hasattr(prompt, "reshape"):  # an array or a tensor, whose numbers are not Python's
             return [int(token) for token in prompt.reshape(-1)]
         return list(prompt)
 
@@ -306,7 +305,7 @@ class Runner:
 
         def step() -> Bools:
             watch.launch(binding, served)
-            return np.asarray(binding.tensor(done)).copy()
+            return binding.values(done).copy()
 
         return repeat(step, binding.arrays, turns)
 

@@ -19,8 +19,8 @@ def loaded(module: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_the_loop_loads_no_compiler() -> None:
-    assert loaded("dcompile.runtime.decode.loop") == "['errors', 'runtime', 'untrusted'] [] True"
+def test_the_loop_loads_no_compiler_and_no_torch() -> None:
+    assert loaded("dcompile.runtime.decode.loop") == "['errors', 'runtime', 'untrusted'] [] False"
 
 
 def test_the_command_line_loads_no_torch() -> None:
