@@ -10,7 +10,8 @@ from torch.fx import Node
 from dcompile.ir import ops
 from dcompile.ir.edit import insert, through, value
 from dcompile.ir.meta import facts, note
-from dcompile.ir.program import Exactness, Program, Remark
+from dcompile.ir.program import Exactness, Program
+from dcompile.ir.remarks import Remark
 
 aten = torch.ops.aten
 FUSED = {ops.CHOOSE: ops.VOCAB_CHOICE, ops.CHOOSE_ASKED: ops.VOCAB_CHOICE_ASKED}

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from dcompile.runtime.weights import DTYPES, Array
+from dcompile.runtime.weights import DTYPES, LONG, Array
 
-TORCH: Mapping[str, torch.dtype] = {name: getattr(torch, t.name) for name, t in DTYPES.items()}
+TORCH: Mapping[str, torch.dtype] = {short: getattr(torch, long) for short, long in LONG.items()}
 """torch's types by the plan's names."""
-_FOREIGN = {TORCH[name]: dtype for name, dtype in DTYPES.items() if dtype.isbuiltin != 1}
+_FOREIGN = {torch.bfloat16: "bf16"}
 """Types that are not numpy's own: they go over as whole numbers of their size."""
-_WHOLE = {1: torch.uint8, 2: torch.int16}
+_WHOLE = {1: torch.int8, 2: torch.int16}
 
 
 def array_of(tensor: torch.Tensor) -> Array:
@@ -21,17 +21,17 @@ def array_of(tensor: torch.Tensor) -> Array:
     foreign = _FOREIGN.get(tensor.dtype)
     if foreign is None:
         return tensor.detach().numpy()
-    return tensor.detach().view(_WHOLE[foreign.itemsize]).numpy().view(foreign)
+    return tensor.detach().view(_WHOLE[tensor.itemsize]).numpy().view(DTYPES[foreign])
 
 
 def tensor_of(array: Array) -> torch.Tensor:
     """An array as a tensor; where the array must not be written to, nor must the tensor."""
-    torch_dtype = getattr(torch, array.dtype.name)
+    dtype = getattr(torch, array.dtype.name)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        if torch_dtype not in _FOREIGN:
+        if dtype not in _FOREIGN:
             return torch.from_numpy(array)
-        return torch.from_numpy(array.view(f"i{array.itemsize}")).view(torch_dtype)
+        return torch.from_numpy(array.view(f"i{array.itemsize}")).view(dtype)
 
 
 def arrays_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Array]]:

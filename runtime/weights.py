@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -20,20 +20,46 @@ SHARD_BYTES = 64 << 20
 """A shard is closed once it holds this much; what is larger has a shard of its own."""
 
 Array = npt.NDArray[Any]
-DTYPES: Mapping[str, np.dtype[Any]] = {
-    "f32": np.dtype(np.float32),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-    "f16": np.dtype(np.float16),
-    "f64": np.dtype(np.float64),
-    "i64": np.dtype(np.int64),
-    "i32": np.dtype(np.int32),
-    "i16": np.dtype(np.int16),
-    "i8": np.dtype(np.int8),
-    "u8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_),
+LONG: Mapping[str, str] = {
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f64": "float64",
+    "i64": "int64",
+    "i32": "int32",
+    "i16": "int16",
+    "i8": "int8",
+    "u8": "uint8",
+    "bool": "bool",
 }
-"""The plan's names; in capitals they are those of safetensors."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""numpy's and torch's names of types by the plan's; those in capitals are safetensors'."""
+_SHORT = {long: short for short, long in LONG.items()}
+
+
+class _Types(Mapping[str, np.dtype[Any]]):
+    """numpy's types by the plan's names."""
+
+    def __getitem__(self, name: str) -> np.dtype[Any]:
+        return _type(LONG[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(LONG)
+
+    def __len__(self) -> int:
+        return len(LONG)
+
+
+@cache
+def _type(long: str) -> np.dtype[Any]:
+    if long == "bfloat16":
+        # Only for who has one: some versions take half a second to load.
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(long)
+
+
+DTYPES = _Types()
 _PAD = ".pad."
 
 
@@ -89,7 +115,7 @@ def _shard(tensors: list[tuple[str, Array]]) -> list[memoryview]:
         end += data.nbytes
 
     for name, tensor in tensors:
-        add(name, NAMES[tensor.dtype].upper(), list(tensor.shape), raw(tensor))
+        add(name, _SHORT[tensor.dtype.name].upper(), list(tensor.shape), raw(tensor))
         # The format allows no holes, so what aligns the next tensor is a tensor too.
         if gap := -end % ALIGN:
             add(f"{_PAD}{len(header)}", "U8", [gap], memoryview(bytes(gap)))

@@ -14,7 +14,7 @@ import typer
 
 from dcompile.cli import generating, looking, making  # noqa: F401  (they register their commands)
 from dcompile.cli.app import app
-from dcompile.errors import DcompileError
+from dcompile.errors import DcompileError, naming_missing
 
 __all__ = ["app", "main"]
 
@@ -24,8 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # A named interrupt lets half-made files be removed; by default a process just ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    given = _with_command(given)
     try:
-        app(_with_command(given), prog_name="dcompile")
+        with naming_missing(f"dcompile {given[0]}" if given else "dcompile"):
+            app(given, prog_name="dcompile")
     except DcompileError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)

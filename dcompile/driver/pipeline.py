@@ -14,7 +14,8 @@ from dcompile.errors import OptionError
 from dcompile.ir.contract import verify
 from dcompile.ir.edit import drop_unused_inputs
 from dcompile.ir.meta import facts
-from dcompile.ir.program import Pass, Program, Remark
+from dcompile.ir.program import Pass, Program
+from dcompile.ir.remarks import Remark
 from dcompile.ir.show import show, target_name
 from dcompile.options import Options
 from dcompile.passes.canonicalize import Canonicalize
