@@ -55,7 +55,8 @@ def _type(long: str) -> np.dtype[Any]:
         # Only for who has one: some versions take half a second to load.
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype(long)
 
 
