@@ -110,7 +110,7 @@ class Observer:
 
     def launch(self, binding: Binding, prompts: Mapping[int, int]) -> None:
         canvas = self._executor.state["canvas"]
-        before = np.asarray(canvas).copy()
+        before = canvas.copy()
         probes = self._run(binding)
         arrays = binding.arrays
         zeros = np.zeros(binding.R, dtype=np.int64)
@@ -124,7 +124,7 @@ class Observer:
                 row_limit=arrays.get("row_limit", zeros).copy(),
                 chosen=_copy(arrays.get("choice_row")),
                 before=before,
-                after=np.asarray(canvas).copy(),
+                after=canvas.copy(),
                 confidence=_confidence(binding, before.shape),
                 probes=probes,
                 resident=resident_bytes(),
