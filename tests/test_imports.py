@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-RUNTIME = Path(__file__).parents[2] / "runtime"
+RUNTIME = Path(__file__).parents[1] / "runtime"
 
 LOADED = """
 import sys
