@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.errors import UnsupportedModel
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import add_input, fake_mode, insert, replace, value
 from dcompile.ir.evaluate import fixed_nodes
 from dcompile.ir.meta import facts
@@ -121,11 +121,11 @@ def _rewrite(program: Program, node: Node, index: int) -> None:
     for name, rows in (("keys", k), ("values", v)):
         cache = _cache(program, f"{name}_{index}", rows)
         flat = _rows(program, node, rows)
-        written = insert(program, node, ops.WRITE_ROWS, cache, flat, row_seq, row_pos)
+        written = insert(program, node, operators.WRITE_ROWS, cache, flat, row_seq, row_pos)
         _return_state(program, written, cache.name)
         caches.append(written)
     out = insert(
-        program, node, ops.ATTEND, _rows(program, node, q), *caches, row_seq, row_limit, scale
+        program, node, operators.ATTEND, _rows(program, node, q), *caches, row_seq, row_limit, scale
     )
     heads, size = (int(d) for d in (value(q).shape[1], value(v).shape[-1]))
     back = insert(program, node, aten.reshape.default, out, [1, -1, heads, size])
@@ -159,7 +159,7 @@ def _cache(program: Program, name: str, rows: Node) -> Node:
     heads, size = int(value(rows).shape[1]), int(value(rows).shape[3])
     with fake_mode(program):
         held = torch.empty((shape.slots, shape.positions, heads, size), dtype=value(rows).dtype)
-    return add_input(program, name, "state", held)
+    return add_input(program, name, "state", held, "kv")
 
 
 def _return_state(program: Program, node: Node, state: str) -> None:

@@ -24,12 +24,16 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "errors": set(),
     "untrusted": set(),
     "cubin": set(),
-    "ir": {"errors"},
-    "passes": {"passes.moe", "ir", "errors"},
+    "ir": {"ir.operators", "errors"},
+    "ir.operators": {"ir.work"},
+    "ir.work": set(),
+    "passes": {"passes.moe", "ir", "ir.operators", "errors"},
     "passes.moe": {"ir"},
     "codegen": {"codegen.cpu", "codegen.cuda", "codegen.triton", "ir", "errors"},
-    "codegen.cpu": {"codegen", "ir", "errors"},
-    "codegen.cuda": {"codegen", "codegen.kernels", "codegen.triton", "ir", "errors"},
+    "codegen.cpu": {"codegen", "ir", "ir.operators", "errors"},
+    "codegen.cuda": {
+        *{"codegen", "codegen.kernels", "codegen.triton", "ir", "ir.operators", "errors"},
+    },
     "codegen.kernels": {"codegen.triton"},
     "codegen.triton": {"cubin", "errors"},
     "runtime": {"runtime.cpu", "runtime.cuda", "errors", "untrusted"},
@@ -39,24 +43,34 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "frontends": {"ir", "errors", "untrusted"},
     "policies": {"errors"},
     "options": {"codegen", "errors"},
-    "step": {"frontends", "ir", "policies", "errors"},
+    "step": {"frontends", "ir", "ir.operators", "policies", "errors"},
     "decoding": {"options", "policies", *RUNTIME, "errors"},
     "driver": {
         *{"step", "decoding", "options", "policies", "frontends", "passes", "ir", "errors"},
-        *{"codegen", "codegen.triton", *RUNTIME, "runtime.cuda"},
+        *{"ir.operators", "codegen", "codegen.triton", *RUNTIME, "runtime.cuda"},
     },
-    "cost": {"codegen.cpu", "codegen.triton", "ir", "runtime", "errors"},
+    # Of the operators what they cost, and nothing that needs torch.
+    "cost": {
+        *{"codegen", "codegen.cpu", "codegen.cuda", "codegen.triton", "ir.work"},
+        *{"runtime", "runtime.cpu", "errors"},
+    },
     # A verb reads what is below it, never another verb.
-    "explain": {"cost", "driver", "options", "ir", *RUNTIME, "errors", "untrusted"},
+    "explain": {"cost", "driver", "options", "frontends", "ir", *RUNTIME, "errors", "untrusted"},
     "profile": {"cost", *RUNTIME, "runtime.cuda", "errors"},
-    "bench": {"cost", "driver", "options", "frontends", "ir", *RUNTIME, "errors"},
-    "export": {"driver", "options", "codegen", "step", "ir", "runtime", "errors", "untrusted"},
+    "bench": {
+        *{"cost", "driver", "options", "frontends", "ir", "ir.operators", "ir.work", *RUNTIME},
+        "errors",
+    },
+    "export": {
+        *{"driver", "options", "codegen", "step", "ir", "ir.operators", "runtime"},
+        *{"errors", "untrusted"},
+    },
     "tuning": {
         *{"driver", "options", "codegen.triton", "codegen.kernels", "errors"},
         *{"runtime", "runtime.cuda"},
     },
     "verify": {
-        *{"driver", "options", "step", "frontends", "ir", "errors", "untrusted"},
+        *{"driver", "options", "step", "frontends", "ir", "ir.operators", "errors", "untrusted"},
         *{"codegen", "codegen.cpu", "codegen.cuda", "codegen.triton", *RUNTIME},
     },
     "demo": {"driver", "step", "options", "frontends", "runtime.decode"},
@@ -66,7 +80,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
         *{"driver", "options", *RUNTIME, "errors"},
     },
     "__main__": {"cli"},
-    "": {"driver", "options", "runtime.decode"},
+    "": {"driver", "options", "runtime.decode", "errors"},
 }
 # The only shared files that name a target's folder: they choose one.
 OPENS_A_TARGET = {"codegen.backends", "runtime.opening"}

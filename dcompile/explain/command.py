@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
-from dcompile.driver.pipeline import run
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.explain.kernels import kernel_table
-from dcompile.ir.program import Remark
-from dcompile.options import Options, recorded_options
+from dcompile.ir.remarks import Remark
+from dcompile.options import Options
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.decode.caches import cache_policy
 from dcompile.untrusted import parse_json
@@ -32,9 +29,15 @@ def explain(path: str | Path, pass_name: str | None = None) -> str:
     stages = stages_of(artifact)
     if pass_name is None:
         names = ", ".join(_pass_of(s) for s in stages)
-        sections = [artifact.text("report.txt"), kernel_table(artifact), _unread(artifact)]
+        sections = [_report(artifact), kernel_table(artifact), _unread(artifact)]
         return "\n".join([*(s for s in sections if s), f"stages    {names}\n"])
     return "".join(_diff(artifact, stages, i) for i in _sites(stages, pass_name))
+
+
+def _report(artifact: Artifact) -> str:
+    """The report without its counts of launches, which the kernel table has too."""
+    sections = artifact.text("report.txt").split("\n\n")
+    return "\n\n".join(s for s in sections if not s.startswith("kernel "))
 
 
 def stages_of(artifact: Artifact) -> list[str]:
@@ -130,25 +133,6 @@ def _diff(artifact: Artifact, stages: list[str], at: int) -> str:
         return artifact.text(stages[0])
     before, after = (artifact.text(s).splitlines(keepends=True) for s in stages[at - 1 : at + 1])
     return "".join(difflib.unified_diff(before, after, stages[at - 1], stages[at], n=1))
-
-
-def pass_times(path: str | Path, checkpoint: Path) -> str:
-    """The passes run again over the checkpoint's graph, timed: an artifact holds no times, so that
-    the same compile gives the same bytes."""
-    from dcompile.driver.origin import open_origin, trace_origin
-    from dcompile.driver.settle import settle
-
-    recorded = open_artifact(Path(path), verify=False).manifest["options"]
-    given = recorded_options(recorded, str(path))
-    origin = open_origin(checkpoint, given)
-    options = settle(given, origin.spec)
-    start = time.perf_counter()
-    program = trace_origin(origin, options, getattr(torch, options.dtype), lambda text: None)
-    lines = [f"{'pass':24}{'places':>6}{'nodes':>8}{'ms':>9}"]
-    lines.append(f"{'trace':30}{len(program.nodes()):8}{(time.perf_counter() - start) * 1e3:9.1f}")
-    for r in run(program, options):
-        lines.append(f"{r.name:24}{r.changed:6}{r.nodes_after:8}{r.seconds * 1e3:9.1f}")
-    return "\n".join(lines) + "\n"
 
 
 def show(text: str) -> None:

@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 
 from dcompile.errors import OptionError
-from dcompile.policies.base import Asked, Choice, Decision, Policy, State
+from dcompile.policies.base import Asked, Choice, Decision, Policy, State, blame
 from dcompile.policies.steps import steps
 
 __all__ = ["Asked", "Choice", "Decision", "Policy", "State", "find_policy", "policy_names"]
@@ -28,7 +28,7 @@ def find_policy(name: str, score: str | None = None) -> Policy:
         if name != "steps":
             raise OptionError(
                 f"policy {name!r} has its own score; --score {score} is for policy 'steps'",
-                where="--score",
+                where="score",
                 remedy="--policy steps, or leave --score out",
             )
         return steps(score)
@@ -50,7 +50,12 @@ def _from_file(path: Path, attribute: str) -> Policy:
     if spec is None or spec.loader is None or not path.is_file():
         raise OptionError(f"the policy's file {path} cannot be read", remedy="check the path")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise blame(attribute, (str(path), error.lineno or 1), error) from error
+    except Exception as error:
+        raise blame(attribute, (str(path), 1), error) from error
     found = vars(module).get(attribute)
     if isinstance(found, Policy):
         return found

@@ -18,11 +18,12 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dcompile.errors import DataDependentShape, DcompileError, UnsupportedModel
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.meta import KEY, Facts
-from dcompile.ir.program import Input, Output, Program, StepShape
+from dcompile.ir.program import Holds, Input, Output, Program, StepShape
 from dcompile.ir.weights import Recipe
 from dcompile.policies import Policy
+from dcompile.step.ask_policy import fixes_batch
 from dcompile.step.choose import Blocks, write_tokens
 from dcompile.step.expert_loops import traceable
 from dcompile.step.lengths import check_lengths
@@ -83,8 +84,8 @@ class Step(nn.Module):
         updated = canvas.index_put(place, written.updated)
         for table, held in zip(self.smoothed, soft, strict=True):
             still = updated[row_seq, row_pos] == self.mask_id
-            mixed = ops.soft_embed(logits, table.weight, still, rows["row_weight"])
-            kept.append(ops.write_rows(held, mixed[:, None], row_seq, row_pos))
+            mixed = operators.SOFT_EMBED(logits, table.weight, still, rows["row_weight"])
+            kept.append(operators.WRITE_ROWS(held, mixed[:, None], row_seq, row_pos))
         return updated, written.done, written.commit, written.token, written.confidence, *kept
 
     def _forward(self, ids: Tensor, soft: Sequence[Tensor]) -> Tensor:
@@ -159,12 +160,16 @@ class Traced:
             out[STATE] = torch.zeros(size, dtype=table.weight.dtype)
         return out
 
+    def holds(self, name: str) -> Holds:
+        """What a state of `states` is."""
+        return "policy" if name in self.policy.state else "soft"
+
 
 def trace(model: nn.Module, wanted: Traced) -> Program:
     """Export one iteration of `model` as a TRACED program.
 
     The model, in eval mode, sees one sequence of symbolic length R.  Raises UnsupportedModel (or a class of it)
-    where export fails, with export's own reason in one line.
+    where export fails, with export's own reason in one line, PolicyError where the policy is to blame.
     """
     program = _exported(model, wanted, EXAMPLE_ROWS)
     check_lengths(program, EXAMPLE_ROWS, partial(_exported, model, wanted))
@@ -189,8 +194,8 @@ def _exported(model: nn.Module, wanted: Traced, rows: int, fixed: bool = False) 
     except DcompileError:
         raise
     except Exception as failure:
-        raise _explain(failure) from failure
-    return _program(exported, wanted, list(states))
+        raise _explain(failure, wanted.policy) from failure
+    return _program(exported, wanted, {n: wanted.holds(n) for n in states})
 
 
 def _example(wanted: Traced, states: dict[str, Tensor], rows: int) -> tuple[object, ...]:
@@ -228,7 +233,10 @@ def _dynamic(wanted: Traced, states: Mapping[str, Tensor], fixed: bool) -> tuple
     return (None, rows, rows, *([batch] * 8), parameters, extras, by_row, state)
 
 
-def _explain(failure: Exception) -> DcompileError:
+MODEL_INPUTS = {"row_seq", "row_pos"}
+
+
+def _explain(failure: Exception, policy: Policy) -> DcompileError:
     text = str(failure)
     first = next((line for line in text.splitlines() if line.strip()), type(failure).__name__)
     kind = type(failure).__name__
@@ -240,6 +248,9 @@ def _explain(failure: Exception) -> DcompileError:
             remedy="select with masks (torch.where) instead of data-dependent shapes or branches",
         )
     if "specialized" in text.lower() or "Constraints violated" in text:
+        named = set(re.findall(r"L\['(\w+)'\]", text))
+        if named and not named & MODEL_INPUTS:
+            return fixes_batch(policy)
         return UnsupportedModel(
             f"the model fixes its sequence length: {first}",
             remedy="take the length from ids.shape[1] everywhere",
@@ -253,13 +264,16 @@ def _explain(failure: Exception) -> DcompileError:
 PARAMETER = "model."
 
 
-def _program(exported: ExportedProgram, wanted: Traced, states: Sequence[str]) -> Program:
+def _program(exported: ExportedProgram, wanted: Traced, states: Mapping[str, Holds]) -> Program:
     """Our record of the exported graph: inputs by kind, outputs by name, facts on every node."""
     signature = exported.graph_signature
     module = torch.fx.GraphModule({}, exported.graph)
     inputs: list[Input] = []
     recipes: dict[str, Recipe] = {}
     constants: dict[str, Tensor] = {}
+    # Export names an entry of the argument `state` after both.
+    held: dict[str, Holds] = {"canvas": "canvas"}
+    held |= {f"state_{name}": kind for name, kind in states.items()}
     holders = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     for spec in signature.input_specs:
         node = holders[spec.arg.name]
@@ -276,9 +290,9 @@ def _program(exported: ExportedProgram, wanted: Traced, states: Sequence[str]) -
             constants[node.name] = _constant(exported, target)
             inputs.append(Input(node.name, "constant"))
         elif spec.kind is InputKind.USER_INPUT:
-            held = node.name == "canvas" or node.name.startswith("state_")
+            holds = held.get(node.name)
             _rename(node, re.sub("^(parameters|extras|rows|state)_", "", node.name))
-            inputs.append(Input(node.name, "state" if held else "step"))
+            inputs.append(Input(node.name, "state" if holds else "step", holds))
         else:
             raise UnsupportedModel(f"the model has an input of kind {spec.kind.name.lower()}")
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:

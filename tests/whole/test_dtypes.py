@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import FAMILIES, write_checkpoint
 
 import dcompile
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.driver.origin import open_origin, trace_origin
 from dcompile.driver.settle import settle
 from dcompile.options import Options
-
-FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -25,7 +23,7 @@ def test_every_family_is_traced_in_another_dtype(tmp_path: Path, family: str, dt
     options = Options(dtype=dtype, max_length=64)
     origin = open_origin(folder, options)
     wanted = getattr(torch, dtype)
-    program = trace_origin(origin, settle(options, origin.spec), wanted, lambda _: None)
+    program = trace_origin(origin, settle(options, origin.spec), lambda _: None)
     kept = {"expert_bias"}
     held = {
         node.name: node.meta["val"].dtype
