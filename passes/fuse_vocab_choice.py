@@ -13,7 +13,10 @@ from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program, Remark
 
 aten = torch.ops.aten
-FUSED = {ops.CHOOSE: ops.VOCAB_CHOICE, ops.CHOOSE_ASKED: ops.VOCAB_CHOICE_ASKED}
+FUSED: dict[object, torch._ops.OpOverload] = {
+    ops.CHOOSE: ops.VOCAB_CHOICE,
+    ops.CHOOSE_ASKED: ops.VOCAB_CHOICE_ASKED,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def _fuse(program: Program, node: Node) -> int:
     x, weight, bias = (*linear.args, None)[:3]
     assert isinstance(x, Node)
     size = int(value(x).shape[-1])
-    n = int(value(node.args[1]).shape[1])  # type: ignore[arg-type]
+    n = int(value(node.args[1]).shape[1])
     rows = insert(program, node, aten.reshape.default, x, [-1, n, size])
     target = FUSED[node.target]
     fused = insert(program, node, target, rows, weight, bias, *node.args[1:], like=linear)
