@@ -14,119 +14,219 @@ CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
 MANAGERS = ("blockwise", "canvas", "pipelined")
 
 
-def _asked(default: Any, text: str, *, flag: str | None = None, shown: str | None = None) -> Any:
-    """A field, what help says of it, and how it is spelled where its name does not say it."""
-    return field(default=default, metadata={"help": text, "flag": flag, "metavar": shown})
+def _asked(
+    default: Any,
+    panel: str,
+    text: str,
+    *,
+    unset: str | None = None,
+    flag: str | None = None,
+    shown: str | None = None,
+) -> Any:
+    """A field and what help says of it: its panel, its text, and what is done where it is None.
+
+    `flag` is how it is spelled and `shown` how its value is, where its name does not say it.
+    """
+    told = {"panel": panel, "help": text, "unset": unset, "flag": flag, "metavar": shown}
+    return field(default=default, metadata=told)
 
 
 @dataclass(frozen=True)
 class Options:
     """Compile-time choices; None means what the model's family or the machine suggests."""
 
-    target: str = _asked("auto", "auto (cpu), cpu, cuda, or cuda:sm_80,sm_90.")
-    dtype: str = _asked("auto", "auto (as stored), float32, bfloat16 or float16.")
-    max_length: int | None = _asked(None, "Positions a sequence: prompt and generated tokens.")
-    batch: int = _asked(1, "Sequences in flight.")
-    block_length: int | None = _asked(None, "Positions decoded together.")
-    policy: str | None = _asked(None, "Which candidates commit: auto, a name, or file.py:name.")
-    score: str | None = _asked(None, "steps: low_confidence, random, margin or entropy.")
-    manager: str = _asked(
-        "blockwise", "blockwise, canvas (all positions as one block) or pipelined (D2F)."
+    target: str = _asked(
+        "auto", "Machine", "What to compile for: auto (the CPU), cpu, cuda, or cuda:sm_80,sm_90."
     )
-    max_blocks: int | None = _asked(None, "pipelined: blocks of a sequence undecided at a time.")
+    dtype: str = _asked(
+        "auto",
+        "Model",
+        "Type of weights and arithmetic: auto (as the checkpoint stores them), float32, bfloat16 or "
+        "float16.",
+    )
+    max_length: int | None = _asked(
+        None,
+        "Model",
+        "Most positions of a sequence, its prompt and the generated ones together.",
+        unset="the model's, at most 2048",
+    )
+    batch: int = _asked(1, "Machine", "Sequences that are generated at the same time.")
+    block_length: int | None = _asked(
+        None,
+        "Decoding",
+        "Positions of a block, which is decided before the next one begins; with --manager canvas, "
+        "positions to generate.",
+        unset="the model's; 32 where it has none",
+    )
+    policy: str | None = _asked(
+        None,
+        "Decoding",
+        "Which of the predicted tokens a forward keeps: auto, a policy's name, or your own as "
+        "file.py:name.",
+        unset="auto, the model family's own",
+    )
+    score: str | None = _asked(
+        None,
+        "Decoding",
+        "What --policy steps ranks positions by: low_confidence, random, margin or entropy.",
+        unset="low_confidence",
+    )
+    manager: str = _asked(
+        "blockwise",
+        "Decoding",
+        "Which positions are decided together: blockwise (one block after the other), canvas (all) "
+        "or pipelined (several blocks at a time, D2F).",
+    )
+    max_blocks: int | None = _asked(
+        None,
+        "Decoding",
+        "With --manager pipelined: most blocks of a sequence that are undecided at a time.",
+        unset="all",
+    )
     aligned: bool | None = _asked(
         None,
-        "The first block begins at a multiple of its length.",
+        "Decoding",
+        "Begin the first block at a multiple of the block length, or right after the prompt.",
+        unset="aligned where the model's attention has blocks",
         flag="--aligned/--unaligned",
     )
     cache: str | None = _asked(
-        None, "Rows recomputed: none, prefix, dual, vicinity, periodic, active or block."
+        None,
+        "Cache",
+        "Which rows a forward computes; the others keep the keys and values that they had. none "
+        "(computes all), prefix, dual, vicinity, periodic, active or block.",
+        unset="the model family's, else none",
     )
-    look_back: int = _asked(16, "vicinity: rows before the block.")
-    look_ahead: int = _asked(16, "vicinity: rows after it.")
-    warmup: int = _asked(4, "vicinity: first iterations over all rows.")
-    refresh_every: int = _asked(8, "periodic: iterations between refreshes.", shown="K")
+    look_back: int = _asked(
+        16, "Cache", "With --cache vicinity: rows before the block that are computed with it."
+    )
+    look_ahead: int = _asked(
+        16, "Cache", "With --cache vicinity: rows after the block that are computed with it."
+    )
+    warmup: int = _asked(
+        4, "Cache", "With --cache vicinity: a request's first forwards, which compute all rows."
+    )
+    refresh_every: int = _asked(
+        8,
+        "Cache",
+        "With --cache periodic: every K-th forward of a block computes all rows.",
+        shown="K",
+    )
     cross_block: bool = _asked(
         True,
-        "block: store a block in the next one's first forward, or in one of its own.",
+        "Cache",
+        "With --cache block: a finished block's keys and values are computed in the first forward of "
+        "the next block, or in a forward of their own.",
         flag="--cross-block/--no-cross-block",
     )
-    smoothing: float | None = _asked(None, "Iteration smoothing: the mixture's largest weight.")
-    moe_capacity: float | None = _asked(
-        None, "An expert takes so many times its even share of a sequence's tokens."
+    smoothing: float | None = _asked(
+        None,
+        "Decoding",
+        "Embed a position that stays masked as the mask plus this share, at most, of the tokens "
+        "predicted there. Published: 0.3.",
+        unset="off",
     )
-    moe_overflow: str | None = _asked(None, "What a token does beyond it: drop, or reroute.")
-    expert_pool: int | None = _asked(None, "Experts that the tokens of a block choose from.")
-    mask_id: int | None = _asked(None, "The mask token, where the checkpoint lacks it.")
+    moe_capacity: float | None = _asked(
+        None,
+        "Experts",
+        "Limit how many of a sequence's tokens an expert takes: 1.5 is half more than if they were "
+        "spread evenly over the experts.",
+        unset="no limit",
+    )
+    moe_overflow: str | None = _asked(
+        None,
+        "Experts",
+        "What a token does that a full expert does not take: drop (do without that expert) or "
+        "reroute (to its next best one).",
+        unset="drop",
+    )
+    expert_pool: int | None = _asked(
+        None,
+        "Experts",
+        "Let the tokens of a block choose among this many experts only, those that it scores highest.",
+        unset="all",
+    )
+    mask_id: int | None = _asked(
+        None,
+        "Model",
+        "Token id of the mask, for a checkpoint that does not say it.",
+        unset="the checkpoint's",
+    )
     eos_ids: tuple[int, ...] | None = _asked(
-        None, "Instead of the checkpoint's; repeatable.", flag="--eos-id"
+        None,
+        "Model",
+        "Token id that ends a text, in place of the checkpoint's; may be given several times.",
+        unset="the checkpoint's",
+        flag="--eos-id",
     )
     check: bool = _asked(
-        False, "Run the program before and after each pass, and compare.", flag="--check"
+        False,
+        "Debugging",
+        "Run the program before and after each pass, and compare the results.",
+        flag="--check",
     )
-    stop_after: str | None = _asked(None, "End the pipeline after this pass.", shown="PASS")
-    skip: tuple[str, ...] = _asked((), "Leave a pass out; repeatable.", shown="PASS")
-    threads: int | None = _asked(None, "CPU threads of the machine that will run it.")
+    stop_after: str | None = _asked(
+        None, "Debugging", "Run the passes up to this one only.", unset="all passes", shown="PASS"
+    )
+    skip: tuple[str, ...] = _asked(
+        (),
+        "Debugging",
+        "Leave this pass out; may be given several times.",
+        unset="none",
+        shown="PASS",
+    )
+    threads: int | None = _asked(
+        None,
+        "Machine",
+        "CPU threads that a run of the artifact takes where it asks for no other number.",
+        unset="every core; 1 for a small model",
+    )
     weights: str = _asked(
-        "inside", "In the artifact, or in a folder beside it.", shown="inside|external"
+        "inside",
+        "Machine",
+        "Where the weights go: inside the artifact, or external, in a folder beside it.",
+        shown="inside|external",
     )
 
     def validate(self) -> None:
-        """Raise OptionError where a value makes no sense."""
+        """Raise OptionError, with the option's name as its place, where a value makes no sense."""
         # Here, so that the command line knows its options without loading the compiler.
         from dcompile.codegen.targets import parse_target
 
         for name in ("max_length", "batch", "block_length", "max_blocks", "threads"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise OptionError(f"{name} must be at least 1, not {number}")
+            self._check_least(name, 1)
         for name in ("look_back", "look_ahead", "warmup"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name} must not be negative, it is {getattr(self, name)}")
-        if self.weights not in ("inside", "external"):
-            what = f"weights are inside or external, not {self.weights!r}"
-            raise OptionError(what, remedy="--weights inside or external")
-        if self.refresh_every < 1:
-            raise OptionError(f"refresh_every must be at least 1, not {self.refresh_every}")
-        self._validate_experts()
-        if self.cache is not None and self.cache not in CACHES:
-            raise OptionError(
-                f"there is no cache policy named {self.cache!r}",
-                remedy=f"one of {', '.join(CACHES)}",
-            )
-        if self.manager not in MANAGERS:
-            raise OptionError(
-                f"there is no manager named {self.manager!r}",
-                remedy=f"one of {', '.join(MANAGERS)}",
-            )
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise OptionError(
-                f"dtype {self.dtype!r} is not supported",
-                remedy="auto, float32, bfloat16 or float16",
-            )
-        parse_target(self.target)
-        if self.smoothing is not None and not 0 < self.smoothing <= 1:
-            raise OptionError(
-                f"smoothing must be above 0 and at most 1, not {self.smoothing}",
-                remedy="--smoothing 0.3, as published",
-            )
-
-    def _validate_experts(self) -> None:
+            self._check_least(name, 0)
+        self._check_least("refresh_every", 1)
+        self._check_least("expert_pool", 1)
+        self._check_choice("weights", ("inside", "external"))
+        self._check_choice("cache", CACHES)
+        self._check_choice("manager", MANAGERS)
+        self._check_choice("dtype", ("auto", "float32", "bfloat16", "float16"))
+        self._check_choice("moe_overflow", ("drop", "reroute"))
         if self.moe_capacity is not None and not 0 < self.moe_capacity < math.inf:
-            raise OptionError(
-                f"moe_capacity must be above 0, not {self.moe_capacity}", remedy="1.0 to 2.0"
-            )
-        if self.moe_overflow not in (None, "drop", "reroute"):
-            raise OptionError(
-                f"there is no moe_overflow {self.moe_overflow!r}", remedy="drop or reroute"
-            )
+            raise self._out_of_range("moe_capacity", "more than 0, such as 1.5")
         if self.moe_overflow is not None and self.moe_capacity is None:
-            raise OptionError(
-                "moe_overflow says what to do beyond a capacity, and there is none",
-                remedy="--moe-capacity 1.5",
-            )
-        if self.expert_pool is not None and self.expert_pool < 1:
-            raise OptionError(f"expert_pool must be at least 1, not {self.expert_pool}")
+            what = "what happens beyond a capacity is said, and there is no capacity"
+            raise OptionError(what, where="moe_overflow", remedy="--moe-capacity 1.5")
+        if self.smoothing is not None and not 0 < self.smoothing <= 1:
+            raise self._out_of_range("smoothing", "more than 0 and at most 1: 0.3 as published")
+        parse_target(self.target)
+
+    def _check_least(self, name: str, least: int) -> None:
+        number = getattr(self, name)
+        if number is not None and number < least:
+            raise self._out_of_range(name, f"{least} or more")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value is not None and value not in choices:
+            remedy = f"use one of {', '.join(choices)}"
+            raise OptionError(f"there is no {value!r}", where=name, remedy=remedy)
+
+    def _out_of_range(self, name: str, rule: str) -> OptionError:
+        what = f"{getattr(self, name)!r} is out of range"
+        return OptionError(what, where=name, remedy=f"use {rule}")
 
     def record(self) -> dict[str, object]:
         """As data for the manifest, without what only steers the compiler."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import insert, through, value
 from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program, Remark
 
 aten = torch.ops.aten
 FUSED: dict[object, torch._ops.OpOverload] = {
-    ops.CHOOSE: ops.VOCAB_CHOICE,
-    ops.CHOOSE_ASKED: ops.VOCAB_CHOICE_ASKED,
+    operators.CHOOSE: operators.VOCAB_CHOICE,
+    operators.CHOOSE_ASKED: operators.VOCAB_CHOICE_ASKED,
 }
 
 

@@ -90,6 +90,7 @@ def check_traced(settled: Settled, program: Program) -> None:
     if span is not None and span != settled.shape.block_length:
         raise OptionError(
             f"the model's blocks have {span} positions, not {settled.shape.block_length}",
+            where="block_length",
             remedy=f"--block-length {span}",
         )
     check_together(replace(settled.combination, span=span))
@@ -99,7 +100,7 @@ def _block_length(options: Options, spec: ModelSpec) -> int:
     if options.manager == "canvas" and options.block_length is None:
         raise OptionError(
             "how many positions has the canvas?",
-            where="--manager canvas",
+            where="manager",
             remedy="--block-length with the number of positions to generate",
         )
     if spec.block_length is None:
@@ -107,6 +108,7 @@ def _block_length(options: Options, spec: ModelSpec) -> int:
     if options.block_length not in (None, spec.block_length):
         raise OptionError(
             f"the model's blocks have {spec.block_length} positions, not {options.block_length}",
+            where="block_length",
             remedy=f"--block-length {spec.block_length}, or leave it out",
         )
     return spec.block_length
@@ -117,6 +119,7 @@ def _length(options: Options, spec: ModelSpec, block: int) -> int:
     if spec.max_positions is not None and length > spec.max_positions:
         raise OptionError(
             f"the model has {spec.max_positions} positions, not {length}",
+            where="max_length",
             remedy=f"--max-length {spec.max_positions}",
         )
     if block > length:

@@ -28,7 +28,7 @@ def find_policy(name: str, score: str | None = None) -> Policy:
         if name != "steps":
             raise OptionError(
                 f"policy {name!r} has its own score; --score {score} is for policy 'steps'",
-                where="--score",
+                where="score",
                 remedy="--policy steps, or leave --score out",
             )
         return steps(score)
