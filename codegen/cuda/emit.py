@@ -354,7 +354,7 @@ class _Emitter:
         return self.load(node, place, domain, mask)
 
     def moved(self, node: Node, index: list[Text], domain: Domain, mask: Text | None) -> Text:
-        source = node_of(node.args[0])
+        source = arguments(node)[0]
         if node.target is RESHAPE:
             place = reshaped(index, self.shape(node), self.shape(source))
             return self.load(source, place, domain, mask)
