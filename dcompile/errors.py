@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DcompileError(Exception):
     """Base of all named errors; the command line prints it and exits with 1."""
@@ -56,6 +59,10 @@ class RequestError(DcompileError):
     """A generation request cannot be served: its prompt, length or a run-time setting is out of range."""
 
 
+class Full(DcompileError):
+    """An engine takes no more requests now: its waiting list is full, or it is about to end."""
+
+
 class ArtifactError(DcompileError):
     """An artifact is damaged, altered, of another version, or made for another machine."""
 
@@ -72,6 +79,10 @@ class BuildError(DcompileError):
     """The machine lacks something that emitting code needs, such as a C++ compiler."""
 
 
+class MissingPackage(DcompileError):
+    """A package that running artifacts does not need is needed, and not installed."""
+
+
 class OutputError(DcompileError):
     """The artifact could not be written; nothing half-made was left behind."""
 
@@ -82,3 +93,19 @@ class VerificationError(DcompileError):
 
 class ContractError(DcompileError):
     """A pass broke the graph contract: a bug of the pass, reported with its name and the node."""
+
+
+_EXTRAS = {"torch": "compile", "safetensors": "compile", "triton": "cuda", "onnx": "export"}
+
+
+@contextmanager
+def naming_missing(who: str) -> Iterator[None]:
+    """Where `who` lacks a package of an extra, raise MissingPackage, which says what installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        what = f"{who} needs {package}, which is not installed"
+        raise MissingPackage(what, remedy=f"pip install 'dcompile[{_EXTRAS[package]}]'") from error

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from dcompile.ir.edit import axes, bypass, insert, node_of, replace, value, whole
 from dcompile.ir.program import Exactness, Program
-from dcompile.ir.sizes import Dim, expression, is_static
+from dcompile.ir.sizes import expression, is_static
 
 aten = torch.ops.aten
 
@@ -164,7 +164,7 @@ def same_shape(a: torch.Size, b: torch.Size) -> bool:
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
-def same_size(a: Dim, b: Dim) -> bool:
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return bool(expression(a) == expression(b))

@@ -105,7 +105,7 @@ def touched_experts(model: Model, binding: DeviceBinding) -> float:
         executor.launch(binding, part=(at, index + 1))
         at = index + 1
         (chosen,) = (w for w in launch.writes if w is not None and buffers[w].dtype == "i32")
-        counts.append(len(np.unique(np.asarray(binding.tensor(chosen)))))
+        counts.append(len(np.unique(binding.values(chosen))))
     executor.launch(binding, part=(at, len(executor.plan.launches)))
     return float(np.mean(counts)) if counts else 0.0
 
@@ -137,11 +137,10 @@ def floor(
                 moved += elements * size
                 chosen = batch * plan.sizes["n"] if launch.kernel.startswith("vocab") else rows
                 flops += 2 * chosen * elements
-    for name, index in plan.state.items():
-        if name.startswith(("keys.", "values.")):
-            buffer = plan.buffers[index]
-            row = buffer.bytes(1, 1) / (buffer.extent(1, 1)[0] * buffer.extent(1, 1)[1])
-            moved += row * batch * max(0, context - window)
+    for name in plan.holding("kv"):
+        buffer = plan.buffers[plan.state[name]]
+        row = buffer.bytes(1, 1) / (buffer.extent(1, 1)[0] * buffer.extent(1, 1)[1])
+        moved += row * batch * max(0, context - window)
     return moved, flops
 
 

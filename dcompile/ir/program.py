@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
+from dcompile.ir.remarks import Remark
 from dcompile.ir.weights import Recipe
 
 
@@ -30,6 +31,8 @@ class Exactness(enum.Enum):
 
 
 Kind = Literal["weight", "constant", "state", "step"]
+Holds = Literal["canvas", "kv", "policy", "soft"]
+"""What a state is: the tokens, keys or values, a decoding policy's own, the mixtures of smoothing."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class Input:
     """One placeholder of the graph, in order.
 
     A weight is made by its recipe from the checkpoint, a constant was computed by the compiler, a
-    state survives the iteration, a step input is given anew for each.
+    state survives the iteration, a step input is given anew for each.  `holds` says of a state what it
+    is, because the loop treats tokens, keys and values, and a policy's own each in another way.
     """
 
     name: str
     kind: Kind
+    holds: Holds | None = None
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,6 @@ class Output:
 
     name: str
     state: str | None = None
-
-
-@dataclass(frozen=True)
-class Remark:
-    """Why a pass left a place alone, or what it made there, in a sentence for the user.
-
-    A pass says what it missed; what it made the pipeline sees.
-    """
-
-    pass_name: str
-    where: str
-    text: str
-    kind: Literal["missed", "passed"] = "missed"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dcompile.errors import ArtifactError, DeviceError
 from dcompile.runtime.artifact import Artifact
@@ -29,6 +28,7 @@ from dcompile.runtime.cuda.table import SCALARS, Argument
 from dcompile.runtime.plan import Launch
 from dcompile.runtime.state import Binding
 from dcompile.runtime.turns import Turns
+from dcompile.runtime.weights import Array
 
 Floats = npt.NDArray[np.float64]
 _HASTY = 1 << 30
@@ -62,6 +62,7 @@ class CudaExecutor(Backend):
         check_launches(self.plan, {name: each.entry for name, each in self.kernels.items()})
         self.memory = DeviceMemory(artifact, self.device, held)
         self.memory.on_drop = _drop_graphs
+        self.wanted = self.memory.wanted
         self.loops = loops and self.plan.loop is not None and self.device.driver.has_while
         if check_every is None:
             size = sum(
@@ -77,10 +78,10 @@ class CudaExecutor(Backend):
         """How many graphs were launched, for who counts."""
 
     @property
-    def state(self) -> Mapping[str, torch.Tensor]:
+    def state(self) -> Mapping[str, Array]:
         return self.memory.state
 
-    def fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
+    def fill(self, inputs: Mapping[str, Array]) -> Binding:
         """As on the processor; the host's state is brought over."""
         binding = super().fill(inputs)
         self.memory.state.push()
@@ -163,7 +164,7 @@ class CudaExecutor(Backend):
     def clear(self, name: str, slot: int) -> None:
         self.memory.state.clear(name, slot)
 
-    def put(self, name: str, value: torch.Tensor) -> None:
+    def put(self, name: str, value: Array) -> None:
         self.memory.state.put(name, value)
         self.device.wait()
 
@@ -187,6 +188,7 @@ class CudaExecutor(Backend):
         """Give the GPU's memory and code back."""
         self.device.enter()
         self.memory.close()
+        self.wanted = self.memory.wanted
         for event in self._events:
             self.device.driver.call("cuEventDestroy_v2", event)
         self._events = []
@@ -237,7 +239,7 @@ class CudaExecutor(Backend):
             self.device.download(*binding.results)
             self.device.wait()
             left -= count
-            if binding.returned["finished"][: binding.B].any():
+            if self.wanted[0] or binding.returned["finished"][: binding.B].any():
                 break
 
     def _iteration(self, binding: DeviceBinding) -> Sequence[Call | None]:
