@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.codegen.triton.variant import Expression, Variant
-from dcompile.ir.edit import value
+from dcompile.ir.edit import node_of, value
 from dcompile.ir.program import Program
 from dcompile.ir.sizes import Size
 
@@ -81,7 +81,7 @@ class Launch:
 def base(node: Node) -> Node:
     """What is in memory behind a reshape."""
     while node.target is RESHAPE:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node_of(node.args[0])
     return node
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcompile.ir.edit import bypass, insert, replace, value
+from dcompile.ir.edit import axes, bypass, insert, node_of, replace, value, whole
 from dcompile.ir.program import Exactness, Program
 from dcompile.ir.sizes import expression, is_static
 
@@ -106,8 +106,7 @@ def _split_to_slices(program: Program) -> int:
     for item in sites:
         split, index = item.args
         assert isinstance(split, Node) and isinstance(index, int)
-        x = split.args[0]
-        parts = split.meta["val"]
+        x, parts = split.args[0], split.meta["val"]
         if split.target is aten.unbind.int:
             dim = _last(split, 1, 0) % value(x).dim()
             replace(program, item, aten.select.int, x, dim, index)
@@ -204,8 +203,8 @@ def _permute(program: Program, node: Node) -> int:
     if x.target is aten.permute.default:
         inner = _order(x)
         order = [inner[i] for i in order]
-        x = x.args[0]  # type: ignore[assignment]
-    elif node.target is aten.permute.default and order == list(node.args[1]):  # type: ignore[arg-type]
+        x = node_of(x.args[0])
+    elif node.target is aten.permute.default and order == node.args[1]:
         return _settle_permute(program, node, x, order)
     if order == sorted(order):
         bypass(program, node, x)
@@ -229,13 +228,13 @@ def _settle_permute(program: Program, node: Node, x: Node, order: list[int]) -> 
 
 
 def _order(node: Node) -> list[int]:
-    dims = value(node.args[0]).dim()  # type: ignore[arg-type]
+    rank = value(node.args[0]).dim()
     if node.target is aten.permute.default:
-        return [d % dims for d in node.args[1]]  # type: ignore[union-attr]
-    order = list(range(dims))
+        return axes(node.args[1], rank)
+    order = list(range(rank))
     if node.target is aten.t.default:
         return order[::-1]
-    a, b = (d % dims for d in node.args[1:3])  # type: ignore[operator]
+    a, b = axes(node.args[1:3], rank)
     if node.target is aten.movedim.int:
         order.insert(b, order.pop(a))
         return order
@@ -249,12 +248,13 @@ def _slice(program: Program, node: Node) -> int:
     if same_shape(value(x).shape, value(node).shape):
         bypass(program, node, x)
         return 1
-    dim = (node.args[1] if len(node.args) > 1 else 0) % value(x).dim()  # type: ignore[operator]
+    dim = whole(node.args[1] if len(node.args) > 1 else 0) % value(x).dim()
     size = value(x).shape[dim]
     step = node.args[4] if len(node.args) > 4 else 1
     start, end = (*node.args[2:4], None, None)[:2]
     if step != 1 or not is_static(size) or isinstance(start, Node) or isinstance(end, Node):
         return 0
+    assert isinstance(start, int | None) and isinstance(end, int | None)
     bounds = range(int(size))[slice(start, end)]
     wanted = (x, dim, bounds.start, bounds.stop)
     if tuple(node.args) == wanted:

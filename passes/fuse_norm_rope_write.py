@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.ir import operators
-from dcompile.ir.edit import add_constant, bypass, insert, item, through, value
+from dcompile.ir.edit import add_constant, axes, bypass, insert, item, node_of, through, value
 from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program
 from dcompile.ir.remarks import Remark
@@ -104,14 +104,13 @@ def _slice_of(node: Node | None) -> tuple[Node, int] | None:
 
 def _head(program: Program, node: object) -> Head | None:
     """Match  [cast] (x cos + rotate_half(x) sin) [cast] [++ rest of x]  of  [norm]  of a slice."""
-    assert isinstance(node, Node)
     size = int(value(node).shape[-1])
-    node, turned = _moved(node)
-    rotated = None if node is None else _rotated(node)
+    turning, turned = _moved(node)
+    rotated = None if turning is None else _rotated(turning)
     if rotated is None:
         return None
-    x, cos, sin = rotated
-    x, normed = _moved(x)
+    straight, cos, sin = rotated
+    x, normed = _moved(straight)
     moves = [normed, turned]
     norm, eps = None, 0.0
     if x is not None and x.target is aten.rms_norm.default:
@@ -149,7 +148,8 @@ def _keeps_heads(program: Program, x: Node | None, moves: list[list[Node]], size
     at, inside = start, torch.arange(size)
     for between in moves:
         for node in between:
-            at = at.reshape(shape(node)) if node.target is VIEW else at.permute(node.args[1])
+            moved = node.target is aten.permute.default
+            at = at.permute(axes(node.args[1], at.dim())) if moved else at.reshape(shape(node))
         # Norm and rotation run along the last axis, which must be a head from its start.
         if at.shape[-1] != size or not bool((at % size == inside).all()):
             return False
@@ -158,13 +158,12 @@ def _keeps_heads(program: Program, x: Node | None, moves: list[list[Node]], size
 
 def _rotated(node: Node) -> tuple[Node, Node, Node] | None:
     """(x, cos, sin) where node rotates the first part of x, or all of it."""
-    if node.target is aten.cat.default and len(node.args[0]) == 2:  # type: ignore[arg-type]
-        front, rest = node.args[0]  # type: ignore[misc]
+    if (joined := _pair(node)) is not None:
+        front, rest = joined
         found = _turned(through(front, CAST))
-        if found is None or not isinstance(rest, Node) or rest.target is not SLICE:
+        if found is None or rest.target is not SLICE:
             return None
-        x, head = rest.args[0], through(found[0], CAST)
-        assert isinstance(x, Node) and isinstance(front, Node)
+        x, head = node_of(rest.args[0]), through(found[0], CAST)
         last, size = value(x).dim() - 1, int(value(x).shape[-1])
         rotated = int(value(front).shape[-1])
         whole = (
@@ -177,8 +176,8 @@ def _rotated(node: Node) -> tuple[Node, Node, Node] | None:
     found = _turned(through(node, CAST))
     if found is None:
         return None
-    x = through(found[0], CAST)
-    return None if x is None else (x, *found[1:])
+    turned = through(found[0], CAST)
+    return None if turned is None else (turned, *found[1:])
 
 
 def _turned(node: Node | None) -> tuple[Node, Node, Node] | None:
@@ -197,25 +196,26 @@ def _turned(node: Node | None) -> tuple[Node, Node, Node] | None:
 
 
 def _is_half_turn(node: object, x: object) -> bool:
-    if not (isinstance(node, Node) and node.target is aten.cat.default and isinstance(x, Node)):
+    parts = _pair(node)
+    if parts is None or parts[0].target is not aten.neg.default or not isinstance(x, Node):
         return False
-    parts = node.args[0]
-    if len(parts) != 2 or parts[0].target is not aten.neg.default:  # type: ignore
-        return False
-    size = int(value(x).shape[-1])
-    back, front = parts[0].args[0], parts[1]  # type: ignore
-    last = value(x).dim() - 1
+    size, last = int(value(x).shape[-1]), value(x).dim() - 1
+    back, front = node_of(parts[0].args[0]), parts[1]
     return (
         back.target is front.target is SLICE
-        and _same(back.args[0], x)
-        and _same(front.args[0], x)
-        and tuple(back.args[1:]) == (last, size // 2, size)
-        and tuple(front.args[1:]) == (last, 0, size // 2)
+        and back.args == (x, last, size // 2, size)
+        and front.args == (x, last, 0, size // 2)
     )
 
 
-def _same(a: object, b: object) -> bool:
-    return a is b
+def _pair(node: object) -> tuple[Node, Node] | None:
+    """The two values that node joins; None where it joins no two."""
+    if not isinstance(node, Node) or node.target is not aten.cat.default:
+        return None
+    parts = node.args[0]
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2:
+        return None
+    return node_of(parts[0]), node_of(parts[1])
 
 
 def _table(program: Program, node: Node | None, tables: dict[Node, Node]) -> Node | None:

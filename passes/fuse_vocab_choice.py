@@ -14,7 +14,7 @@ from dcompile.ir.program import Exactness, Program
 from dcompile.ir.remarks import Remark
 
 aten = torch.ops.aten
-FUSED = {
+FUSED: dict[object, torch._ops.OpOverload] = {
     operators.CHOOSE: operators.VOCAB_CHOICE,
     operators.CHOOSE_ASKED: operators.VOCAB_CHOICE_ASKED,
 }
@@ -39,7 +39,7 @@ def _fuse(program: Program, node: Node) -> int:
     x, weight, bias = (*linear.args, None)[:3]
     assert isinstance(x, Node)
     size = int(value(x).shape[-1])
-    n = int(value(node.args[1]).shape[1])  # type: ignore[arg-type]
+    n = int(value(node.args[1]).shape[1])
     rows = insert(program, node, aten.reshape.default, x, [-1, n, size])
     target = FUSED[node.target]
     fused = insert(program, node, target, rows, weight, bias, *node.args[1:], like=linear)

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from dcompile.errors import MixesPositions
 from dcompile.ir import operators
+from dcompile.ir.edit import axes, value
 from dcompile.ir.evaluate import fixed_nodes
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Program
@@ -40,7 +41,7 @@ POINTWISE = {
     aten.embedding.default,
 }
 # Reduce or reorder along dims given by an argument, which must not be the sequence.
-ALONG = {
+ALONG: dict[object, int] = {
     aten.softmax.int: 1,
     aten._softmax.default: 1,
     aten.log_softmax.int: 1,
@@ -196,7 +197,7 @@ def _along(program: Program, node: Node) -> str:
     if dims is None:
         return "it reduces over all positions"
     rank = x.meta["val"].dim()
-    listed = [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])]  # type: ignore[operator]
+    listed = axes(dims, rank)
     axis = _axis(program, x)
     if axis in listed or (axis is not None and not listed):
         return "it works along the sequence"
@@ -265,13 +266,12 @@ def _reshape(program: Program, node: Node) -> str:
 def _cat(program: Program, node: Node) -> str:
     parts = node.args[0]
     assert isinstance(parts, (list, tuple))
-    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % node.meta[
-        "val"
-    ].dim()  # type: ignore[operator]
-    axes = {_axis(program, p) for p in parts if isinstance(p, Node)}
-    if len(axes) != 1 or None in axes:
+    along = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    (dim,) = axes(along, value(node).dim())
+    held = {_axis(program, p) for p in parts if isinstance(p, Node)}
+    if len(held) != 1 or None in held:
         return "it joins the sequence with something else"
-    return "it joins sequences" if dim in axes else ""
+    return "it joins sequences" if dim in held else ""
 
 
 def _index(program: Program, node: Node) -> str:

@@ -19,7 +19,7 @@ from dcompile.codegen.cpu.pointwise import (
 )
 from dcompile.codegen.launches import RESHAPE, Argument, Int, Launch, Value, base
 from dcompile.ir import operators
-from dcompile.ir.edit import value
+from dcompile.ir.edit import axes, node_of, value, whole
 from dcompile.ir.program import Program
 from dcompile.ir.show import SHORT, show_node
 from dcompile.ir.sizes import shape_of, size_of
@@ -27,7 +27,7 @@ from dcompile.ir.sizes import shape_of, size_of
 aten = torch.ops.aten
 
 # name: (start, step); {v} the element, {acc} the running value
-REDUCE = {
+REDUCE: dict[object, tuple[str, str]] = {
     aten.sum.dim_IntList: ("0", "{acc} += {v};"),
     aten.mean.dim: ("0", "{acc} += {v};"),
     aten.amax.default: ("LOWEST", "{acc} = most<T>({v}, {acc});"),
@@ -174,14 +174,17 @@ class _Emitter:
         found: dict[Node, str] = {}
         for node in self.nodes:
             if node.target is aten.index_select.default:
-                pairs = [(node.args[2], value(node.args[0]).shape[node.args[1]])]
+                pairs = [(node.args[2], value(node.args[0]).shape[whole(node.args[1])])]
             elif node.target in (aten.index.Tensor, aten.index_put.default):
-                pairs = list(zip(node.args[1], value(node.args[0]).shape, strict=False))
+                indices = node.args[1]
+                assert isinstance(indices, (list, tuple))
+                pairs = list(zip(indices, value(node.args[0]).shape, strict=False))
             elif node.target is operators.WRITE_ROWS:
                 pairs = list(zip(node.args[2:], value(node.args[0]).shape, strict=False))
             else:
                 continue
             for index, dim in pairs:
+                assert isinstance(index, Node)
                 found[base(index)] = abi_size(size_of(dim, self.program.symbols))
         return found
 
@@ -209,11 +212,8 @@ class _Emitter:
     def _reduce(self, node: Node) -> None:
         x = node.args[0]
         assert isinstance(x, Node)
-        dims_arg = node.args[1]
         rank = value(x).dim()
-        dims = [d % rank for d in (dims_arg if isinstance(dims_arg, (list, tuple)) else [dims_arg])]  # type: ignore
-        if not dims:
-            dims = list(range(rank))
+        dims = axes(node.args[1], rank) or list(range(rank))
         keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
         shape = self.shape(x)
         out_shape = self.shape(node)
@@ -250,7 +250,7 @@ class _Emitter:
         assert isinstance(state, Node) and isinstance(rows, Node)
         shape, own = self.shape(rows), self.shape(state)
         index = indices_of(shape)
-        lead = max(value(i).dim() for i in indices)  # type: ignore[arg-type]
+        lead = max(value(i).dim() for i in indices)
         place = [self._broadcast(i, index[:lead], shape[:lead]) for i in indices] + index[lead:]  # type: ignore
         target = linear(place, own)
         self._nest(shape, [f"st({self.pointer(state)} + {target}, {self.load(rows, index)});"])
@@ -312,10 +312,12 @@ class _Emitter:
 
     def _cat(self, node: Node, index: list[str]) -> str:
         parts = node.args[0]
-        dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(index)  # type: ignore
+        assert isinstance(parts, (list, tuple))
+        dim = whole(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(index)
         text, start = "", 0
         ends = []
-        for part in parts:  # type: ignore
+        for part in parts:
+            assert isinstance(part, Node)
             size = int(value(part).shape[dim])
             moved = [f"({i} - {start})" if d == dim and start else i for d, i in enumerate(index)]
             ends.append((start + size, self.load(part, moved)))
@@ -329,7 +331,7 @@ class _Emitter:
 def _copied(node: Node) -> Node | None:
     """The value whose elements are a gather's, as they are."""
     if node.target in (aten.index.Tensor, aten.index_select.default):
-        return base(node.args[0])
+        return base(node_of(node.args[0]))
     return None
 
 

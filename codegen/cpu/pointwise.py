@@ -84,7 +84,7 @@ def formula(node: Node, arg: Callable[..., str]) -> str:
     args = node.args
     kind = arithmetic(out)
     if target is aten._to_copy.default:
-        source = value(args[0]).dtype  # type: ignore[arg-type]
+        source = value(args[0]).dtype
         text = arg(args[0])
         if out in HALVES:
             return f"rounded<{CTYPE[out]}>((float)({text}))"

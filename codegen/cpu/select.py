@@ -19,7 +19,7 @@ from dcompile.codegen.launches import (
     unread_output,
 )
 from dcompile.ir import operators
-from dcompile.ir.edit import value
+from dcompile.ir.edit import value, whole
 from dcompile.ir.program import Program
 from dcompile.ir.sizes import Size, elements, shape_of
 
@@ -172,7 +172,7 @@ def _route(program: Program, node: Node) -> Launch | None:
         Int(top_k),
         Int(operators.SCORES.index(str(score))),
     ]
-    args += [Int(int(groups)), Int(int(kept)), Int(int(bool(renormalize))), Float(scale)]  # type: ignore[call-overload]
+    args += [Int(whole(groups)), Int(whole(kept)), Int(int(bool(renormalize))), Float(scale)]
     return _native("route", node, args, [weights, experts])
 
 
@@ -188,8 +188,8 @@ def _route_limited(program: Program, node: Node) -> Launch | None:
     args += [optional(place) for place in places]
     args += [rows_of(program, logits), rows_of(program, places[2], 0), last(logits)]  # type: ignore[arg-type]
     args += [Int(top_k), Int(operators.SCORES.index(str(score)))]
-    args += [Int(int(groups)), Int(int(kept)), Int(int(bool(renormalize))), Float(scale)]  # type: ignore[call-overload]
-    args += [Float(capacity), Int(int(bool(reroute))), Int(int(pool)), last(places[3])]  # type: ignore
+    args += [Int(whole(groups)), Int(whole(kept)), Int(int(bool(renormalize))), Float(scale)]
+    args += [Float(capacity), Int(int(bool(reroute))), Int(whole(pool)), last(places[3])]  # type: ignore[arg-type]
     return _native("route_limited", node, args, [weights, experts])
 
 
@@ -242,10 +242,11 @@ def _gather(program: Program, node: Node) -> Launch | None:
     if node.target is aten.index_select.default:
         x, axis, index = node.args
     else:
-        x, (index, *rest) = node.args  # type: ignore[misc]
-        axis = 0
-        if rest or index is None:
+        x, indices = node.args
+        assert isinstance(indices, (list, tuple))
+        if len(indices) != 1 or indices[0] is None:
             return None
+        axis, index = 0, indices[0]
     assert isinstance(x, Node) and isinstance(index, Node) and isinstance(axis, int)
     if value(index).dtype != torch.int64 or any(d != 1 for d in value(x).shape[:axis]):
         return None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from dcompile.ir.edit import add_constant, insert, value
+from dcompile.ir.edit import add_constant, insert, node_of, value, whole
 from dcompile.ir.program import Program
 
 aten = torch.ops.aten
@@ -40,8 +40,9 @@ class _At:
     def __call__(self, target: Callable[..., object], *args: object) -> Node:
         return insert(self.program, self.node, target, *args)
 
-    def wide(self, x: Node) -> Node:
+    def wide(self, x: object) -> Node:
         """The value in float32."""
+        x = node_of(x)
         if value(x).dtype not in HALVES:
             return x
         with self.program.graph.inserting_before(self.node):
@@ -53,8 +54,15 @@ class _At:
         return new
 
 
-def _axis(x: Node, dim: int) -> int:
-    return dim % value(x).dim()
+def _axis(x: object, dim: object) -> int:
+    return whole(dim) % value(x).dim()
+
+
+def _last_axes(x: object, shape: object) -> list[int]:
+    """The axes that a norm over `shape` runs along."""
+    assert isinstance(shape, (list, tuple))
+    rank = value(x).dim()
+    return list(range(rank - len(shape), rank))
 
 
 def _softmax(at: _At) -> Node | None:
@@ -74,7 +82,7 @@ def _softmax(at: _At) -> Node | None:
 
 def _layer_norm(at: _At) -> Node | None:
     x, shape, weight, bias, eps = (*at.node.args, None, None, 1e-5)[:5]
-    axes = list(range(value(x).dim() - len(shape), value(x).dim()))
+    axes = _last_axes(x, shape)
     x = at.wide(x)
     centred = at(aten.sub.Tensor, x, at(aten.mean.dim, x, axes, True))
     variance = at(aten.mean.dim, at(aten.mul.Tensor, centred, centred), axes, True)
@@ -87,10 +95,9 @@ def _layer_norm(at: _At) -> Node | None:
 def _rms_norm(at: _At) -> Node | None:
     """The norms that the family leaves: over several axes, or of mixed dtypes."""
     x, shape, weight, eps = (*at.node.args, None, None)[:4]
-    simple = value(x).dtype == value(at.node).dtype
-    if len(shape) == 1 and eps is not None and simple:
+    axes, simple = _last_axes(x, shape), value(x).dtype == value(at.node).dtype
+    if len(axes) == 1 and eps is not None and simple:
         return None
-    axes = list(range(value(x).dim() - len(shape), value(x).dim()))
     eps = torch.finfo(value(x).dtype).eps if eps is None else eps
     x = at.wide(x)
     mean = at(aten.mean.dim, at(aten.mul.Tensor, x, x), axes, True)

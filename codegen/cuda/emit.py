@@ -36,7 +36,7 @@ from dcompile.codegen.cuda.tiles import (
 )
 from dcompile.codegen.triton.assemble import power_of_two
 from dcompile.ir import operators
-from dcompile.ir.edit import value
+from dcompile.ir.edit import arguments, axes, node_of, value, whole
 from dcompile.ir.program import Program
 from dcompile.ir.show import show_node
 from dcompile.ir.sizes import Size, shape_of
@@ -44,7 +44,7 @@ from dcompile.ir.sizes import Size, shape_of
 aten = torch.ops.aten
 RESHAPE = aten.reshape.default
 # name: (identity, of two tiles, along an axis)
-REDUCE = {
+REDUCE: dict[object, tuple[str, str, str]] = {
     aten.sum.dim_IntList: ("0", "{0} + {1}", "tl.sum({0}, {1})"),
     aten.mean.dim: ("0", "{0} + {1}", "tl.sum({0}, {1})"),
     aten.amax.default: ("LOWEST", "most({0}, {1})", "tl.max({0}, {1})"),
@@ -52,7 +52,7 @@ REDUCE = {
     aten.any.dim: ("0", "tl.maximum({0}, {1})", "tl.max({0}, {1})"),
     aten.all.dim: ("1", "tl.minimum({0}, {1})", "tl.min({0}, {1})"),
 }
-EXTREME = {aten.amax.default: "maximum", aten.amin.default: "minimum"}
+EXTREME: dict[object, str] = {aten.amax.default: "maximum", aten.amin.default: "minimum"}
 SCATTERS = (aten.index_put.default, operators.WRITE_ROWS)
 GATHERS = (
     aten.index.Tensor,
@@ -68,14 +68,14 @@ def can_emit(node: Node) -> bool:
     if node.target in SORTS:
         return can_sort(node)
     if node.target is operator.getitem:
-        return node.args[0].target in SORTS
+        return node_of(node.args[0]).target in SORTS
     if not isinstance(node.meta.get("val"), torch.Tensor) or value(node).dtype not in TYPES:
         return False
     target = node.target
     if target in REDUCE:
         return isinstance(node.args[1], (list, tuple, int))
     if target is aten.index.Tensor:
-        indices = node.args[1]
+        indices = arguments(node)[1]
         return all(i is not None and value(i).dtype == torch.int64 for i in indices)
     if target in SCATTERS:
         accumulate = target is aten.index_put.default and len(node.args) > 3 and node.args[3]
@@ -83,14 +83,14 @@ def can_emit(node: Node) -> bool:
             not accumulate and isinstance(node.args[0], Node) and node.args[0].op == "placeholder"
         )
     if target is aten.slice.Tensor:
-        return len(node.args) == 4 or (len(node.args) == 5 and node.args[4] == 1)
+        return len(node.args) == 4 or (len(node.args) == 5 and whole(node.args[4]) == 1)
     return target in GATHERS or target in MOVES or is_pointwise(node)
 
 
 def base(node: Node) -> Node:
     """What is in memory behind a reshape."""
     while node.target is RESHAPE:
-        node = node.args[0]
+        node = node_of(node.args[0])
     return node
 
 
@@ -218,7 +218,7 @@ class _Emitter:
         """The axes of a node's tile: all but the leading one and those of size 1."""
         shape = self.shape(node)
         lead = self.lead(shape)
-        return tuple(int(s) for d, s in enumerate(shape) if d != lead and s != 1)
+        return tuple(whole(s) for d, s in enumerate(shape) if d != lead and s != 1)
 
     def pointer(self, node: Node) -> str:
         return self.buffers.setdefault(node, f"p{len(self.buffers)}")
@@ -263,8 +263,11 @@ class _Emitter:
             own = [i for d, i in enumerate(index) if d != lead and shape[d] != 1]
             axes = axis_numbers(own, domain)
             run = len(domain.names) - 1 if domain.looped else None
-            sizes = None if axes is None or run in axes else tuple(domain.sizes[a] for a in axes)
-            if sizes == self.inner(node):
+            if (
+                axes is not None
+                and run not in axes
+                and tuple(domain.sizes[a] for a in axes) == self.inner(node)
+            ):
                 text = register(name, axes, len(domain.names))
                 return Text(text, kind_of(value(node).dtype), frozenset(axes))
         if node in self.inside and node.target in MOVES and node not in self.stored:
@@ -351,24 +354,24 @@ class _Emitter:
         return self.load(node, place, domain, mask)
 
     def moved(self, node: Node, index: list[Text], domain: Domain, mask: Text | None) -> Text:
-        source = node.args[0]
+        source = arguments(node)[0]
         if node.target is RESHAPE:
             place = reshaped(index, self.shape(node), self.shape(source))
             return self.load(source, place, domain, mask)
         if node.target is aten.permute.default:
             back = [ZERO] * len(index)
-            for i, d in enumerate(node.args[1]):
+            for i, d in enumerate(arguments(node)[1]):
                 back[d] = index[i]
             return self.load(source, back, domain, mask)
         if node.target is aten.slice.Tensor:
-            dim, start = node.args[1], node.args[2]
+            dim, start = arguments(node)[1], arguments(node)[2]
             moved = [_shifted(x, start) if d == dim else x for d, x in enumerate(index)]
             return self.load(source, moved, domain, mask)
         return self._cat(node, index, domain, mask)
 
     def _cat(self, node: Node, index: list[Text], domain: Domain, mask: Text | None) -> Text:
-        parts = node.args[0]
-        dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(index)
+        parts = arguments(node)[0]
+        dim = whole(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(index)
         at, start = index[dim], 0
         found: list[tuple[str, Text]] = []
         for part in parts:
@@ -393,18 +396,18 @@ class _Emitter:
 
     def gathered(self, node: Node, index: list[Text], domain: Domain, mask: Text | None) -> Text:
         if node.target is aten.embedding.default:
-            table, ids = node.args[:2]
+            table, ids = arguments(node)[:2]
             chosen = self._chosen(ids, index[:-1], domain, mask)
             return self.load(table, [chosen, index[-1]], domain, mask)
         if node.target is aten.index.Tensor:
-            x, indices = node.args
+            x, indices = arguments(node)
             lead = max(value(i).dim() for i in indices)
             shape = self.shape(node)
             place = [
                 _as_index(self.spread(i, index[:lead], shape[:lead], domain, mask)) for i in indices
             ]
             return self.load(x, place + index[lead:], domain, mask)
-        x, dim, chosen_by = node.args[:3]
+        x, dim, chosen_by = arguments(node)[:3]
         dim %= len(index)
         at = [index[dim]] if node.target is aten.index_select.default else index
         chosen = self._chosen(chosen_by, at, domain, mask)
@@ -452,34 +455,33 @@ class _Emitter:
         inner = [1 if d == lead else s for d, s in enumerate(shape)]
 
         def write(place: Text, domain: Domain) -> None:
-            index = reshaped([place], [prod(inner)], inner)
+            index = reshaped([place], [prod(map(whole, inner))], inner)
             index = [ROW if d == lead else i for d, i in enumerate(index)]
             made = self.compute(node, index, domain, domain.mask).to(kind_of(value(node).dtype))
             self.store(node, self.stored_text(node, domain.whole(made)), index, domain.mask)
 
-        self.loop(prod(int(s) for s in inner), write)
+        self.loop(prod(whole(s) for s in inner), write)
 
     def _readers(self, node: Node) -> int:
         return len([u for u in readers(node) if u in self.inside])
 
     def _reduce(self, node: Node) -> None:
-        x = node.args[0]
+        x = node_of(node.args[0])
         shape = self.shape(x)
-        dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-        dims = [d % len(shape) for d in dims] or list(range(len(shape)))
+        dims = axes(node.args[1], len(shape)) or list(range(len(shape)))
         lead = self.lead(shape)
         if lead in dims:
             raise Split(node)
         kept = [d for d, s in enumerate(shape) if d != lead and s != 1 and d not in dims]
         gone = [d for d, s in enumerate(shape) if d != lead and s != 1 and d in dims]
-        sizes = tuple(int(shape[d]) for d in kept)
+        sizes = tuple(whole(shape[d]) for d in kept)
         out = self.domain(sizes)
-        if fits(int(shape[d]) for d in (*kept, *gone)):
+        if fits(whole(shape[d]) for d in (*kept, *gone)):
             text = self._reduced_tile(node, x, shape, gone)
         else:
             text = self._reduced_loop(node, x, shape, kept, gone)
         if node.target is aten.mean.dim:
-            text = f"tl.div_rn({text}, {float(prod(int(shape[d]) for d in gone))})"
+            text = f"tl.div_rn({text}, {float(prod(whole(shape[d]) for d in gone))})"
         if node.target in (aten.any.dim, aten.all.dim):
             text = f"{text} != 0"
         if value(node).dtype in (torch.bfloat16, torch.float16):
@@ -502,7 +504,7 @@ class _Emitter:
     def _reduced_tile(self, node: Node, x: Node, shape: list[Size], gone: list[int]) -> str:
         lead = self.lead(shape)
         every = [d for d, s in enumerate(shape) if d != lead and s != 1]
-        domain = self.domain(tuple(int(shape[d]) for d in every))
+        domain = self.domain(tuple(whole(shape[d]) for d in every))
         text, _ = self._operand(
             node, self.load(x, self.index(shape, domain), domain, domain.mask), domain
         )
@@ -528,8 +530,8 @@ class _Emitter:
     ) -> str:
         """Runs of the axes that go, the last axis of a domain over those that stay."""
         lead = self.lead(shape)
-        count = prod(int(shape[d]) for d in gone)
-        sizes = tuple(int(shape[d]) for d in kept)
+        count = prod(whole(shape[d]) for d in gone)
+        sizes = tuple(whole(shape[d]) for d in kept)
         block = max(1, min(CHUNK, LIMIT // prod(tile_of(sizes))))
         if block < 16:
             raise Split(node)
@@ -544,8 +546,8 @@ class _Emitter:
         index = [ROW if d == lead else ZERO for d in range(len(shape))]
         for i, d in enumerate(kept):
             index[d] = domain.axis(i)
-        for i, d in zip(flat, gone, strict=True):
-            index[d] = i
+        for place, d in zip(flat, gone, strict=True):
+            index[d] = place
         outer, self.lines = self.lines, []
         text, identity = self._operand(node, self.load(x, index, domain, domain.mask), domain)
         body, self.lines = self.lines, outer
@@ -572,9 +574,9 @@ class _Emitter:
     def _scatter(self, node: Node) -> None:
         """cache[row_seq, row_pos] = rows, in place."""
         if node.target is operators.WRITE_ROWS:
-            state, rows, *indices = node.args
+            state, rows, *indices = arguments(node)
         else:
-            state, indices, rows = node.args[:3]
+            state, indices, rows = arguments(node)[:3]
         shape = self.shape(rows)
         lead = max(value(i).dim() for i in indices)
         sizes = self.inner(rows)
@@ -604,16 +606,16 @@ class _Emitter:
             inner = [1 if d == own else s for d, s in enumerate(shape)]
 
             def write_run(place: Text, domain: Domain) -> None:
-                index = reshaped([place], [prod(inner)], inner)
+                index = reshaped([place], [prod(map(whole, inner))], inner)
                 write([ROW if d == own else i for d, i in enumerate(index)], domain)
 
-            self.loop(prod(int(s) for s in inner), write_run)
+            self.loop(prod(whole(s) for s in inner), write_run)
         self.updated.append(state)
 
 
 def _same_place(gather: Node, indices: list[Node]) -> bool:
     """Whether a gather reads what this program writes: sequences have slots of their own."""
-    return base(gather.args[1][0]) is base(indices[0])
+    return base(arguments(gather)[1][0]) is base(indices[0])
 
 
 def readers(node: Node) -> list[Node]:

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from dcompile.codegen.cuda.pointwise import element, is_pointwise, op_name
 from dcompile.codegen.cuda.tiles import Text
-from dcompile.ir.edit import value
+from dcompile.ir.edit import node_of, value
 from dcompile.ir.program import Program
 from dcompile.ir.show import SHORT, show_node
 from dcompile.ir.sizes import elements, shape_of
@@ -68,7 +68,7 @@ def find_epilogue(program: Program, product: Node, taken: Set[Node]) -> Epilogue
 
 def _base(node: Node) -> Node:
     while node.target is RESHAPE:
-        node = node.args[0]
+        node = node_of(node.args[0])
     return node
 
 

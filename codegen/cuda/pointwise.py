@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.fx import Node
 
@@ -102,19 +104,19 @@ def is_pointwise(node: Node) -> bool:
 class Arguments:
     """The arguments of a node, each as a Text in the kind that the operator computes in."""
 
-    def __init__(self, node: Node, read: object) -> None:
+    def __init__(self, node: Node, read: Callable[[Node], Text]) -> None:
         self.node, self._read = node, read
 
     def __call__(self, x: object, kind: str | None = None) -> Text:
         if isinstance(x, Node):
-            text: Text = self._read(x)
+            text = self._read(x)
             return text if kind is None else text.to(kind)
         assert isinstance(x, (bool, int, float)), f"not a number: {x!r}"
         own = "bool" if isinstance(x, bool) else "int" if isinstance(x, int) else "float"
         return literal(x, kind or own)
 
 
-def element(node: Node, read: object) -> Text:
+def element(node: Node, read: Callable[[Node], Text]) -> Text:
     """The node's element, `read(argument)` being the elements of its tensor arguments."""
     arg, args, name = Arguments(node, read), node.args, op_name(node)
     out = value(node).dtype
@@ -170,7 +172,7 @@ def element(node: Node, read: object) -> Text:
         text = f"({UNARY[name].format(made[0].text)})"
     elif name == "pow":
         made = [arg(args[0], kind), arg(args[1], kind)]
-        text = _power(*made, args[1]).text
+        text = _power(made[0], made[1], args[1]).text
     else:
         common = _common(args) if name in COMPARE else kind
         made = [arg(args[0], common), arg(args[1], common)]

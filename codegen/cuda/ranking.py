@@ -24,7 +24,7 @@ from dcompile.codegen.cuda.tiles import (
     reshaped,
 )
 from dcompile.codegen.triton.assemble import power_of_two
-from dcompile.ir.edit import value
+from dcompile.ir.edit import node_of, value, whole
 from dcompile.ir.program import Program
 from dcompile.ir.sizes import Size, shape_of
 
@@ -57,11 +57,8 @@ def can_sort(node: Node) -> bool:
 
 
 def _axis(node: Node) -> int:
-    if node.target is aten.topk.default:
-        return node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)
-    if node.target is aten.sort.stable:
-        return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
-    return node.args[1] if len(node.args) > 1 else -1
+    at = 2 if node.target is aten.topk.default else 1
+    return whole(node.args[at] if len(node.args) > at else node.kwargs.get("dim", -1))
 
 
 def _largest(node: Node) -> bool:
@@ -73,16 +70,18 @@ def _largest(node: Node) -> bool:
 
 def emit_sort(out: Printer, node: Node) -> None:
     """Values and places of the first of an order, stored; `out` is the kernel so far."""
-    x = node.args[0]
+    x = node_of(node.args[0])
     shape = shape_of(value(x), out.program.symbols)
     lead = out.lead(shape)
-    n = int(shape[-1])
-    taken = int(node.args[1]) if node.target is aten.topk.default else n
-    rest = [1 if d == lead else int(s) for d, s in enumerate(shape[:-1])]
+    n = whole(shape[-1])
+    taken = whole(node.args[1]) if node.target is aten.topk.default else n
+    rest = [1 if d == lead else whole(s) for d, s in enumerate(shape[:-1])]
     tag = f"s{len(out.lines)}"
     others = prod(rest)
     place = (
-        reshaped([Text(f"o{tag}", "index")], [others], rest) if others > 1 else [ZERO] * len(rest)
+        reshaped([Text(f"o{tag}", "index")], [others], [*rest])
+        if others > 1
+        else [ZERO] * len(rest)
     )
     front = [ROW if d == lead else i for d, i in enumerate(place)]
     columns = power_of_two(n)

@@ -30,7 +30,7 @@ from dcompile.codegen.triton.variant import (
 )
 from dcompile.errors import UnsupportedModel
 from dcompile.ir import operators
-from dcompile.ir.edit import value
+from dcompile.ir.edit import node_of, value, whole
 from dcompile.ir.program import Program
 from dcompile.ir.show import show_node, target_name
 from dcompile.ir.sizes import Size, elements
@@ -94,7 +94,7 @@ class _Scheduler:
 
     def _is_view(self, node: Node) -> bool:
         if node.target is operator.getitem:
-            return node.args[0].target not in SORTS
+            return node_of(node.args[0]).target not in SORTS
         return node.target is RESHAPE
 
     # Families.
@@ -113,8 +113,9 @@ class _Scheduler:
             self.written[state] = last
         if anchor.target is operators.NORM_ROPE_WRITE:
             for user in anchor.users:
-                if user.args[1] in (1, 2):
-                    self.out.aliases[user] = site.updates[user.args[1] - 1]
+                place = whole(user.args[1])
+                if place in (1, 2):
+                    self.out.aliases[user] = site.updates[place - 1]
 
     def _launch(self, step: Step, site: Site, label: str) -> Launch:
         scratch = {s.name: s for s in site.lowering.scratch}
@@ -170,17 +171,17 @@ class _Scheduler:
         key = str(lead_of(node, self.program))
         self._close_before(inputs, but=key)
         if node.target in SCATTERS:
-            self._close_readers(node.args[0], but=key)
+            self._close_readers(node_of(node.args[0]), but=key)
         self.open.setdefault(key, []).append(node)
 
     def _close_before(self, reads: Iterable[Node], but: str | None = None) -> None:
         """Launch the groups that compute what is about to be read."""
         wanted = set()
         for node in reads:
-            while node is not None:
+            wanted.add(node)
+            while node.target is RESHAPE or node.target is operator.getitem:
+                node = node_of(node.args[0])
                 wanted.add(node)
-                moves = node.target is RESHAPE or node.target is operator.getitem
-                node = node.args[0] if moves and node.op == "call_function" else None
         hit = [k for k, group in self.open.items() if k != but and wanted & set(group)]
         self._close(hit)
 
@@ -252,8 +253,9 @@ class _Scheduler:
         self._append(launch)
         for node in nodes:
             if node.target in SCATTERS:
-                self.out.aliases[node] = node.args[0]
-                self.written[node.args[0]] = launch
+                state = node_of(node.args[0])
+                self.out.aliases[node] = state
+                self.written[state] = launch
 
     def _name(self, nodes: list[Node]) -> str:
         if any(n.target is aten.index_put.default for n in nodes):
@@ -266,6 +268,7 @@ class _Scheduler:
 
     def _check_states(self) -> None:
         (values,) = self.program.result().args
+        assert isinstance(values, (list, tuple))
         for node, output in zip(values, self.program.outputs, strict=True):
             if output.state is None:
                 continue
@@ -276,7 +279,7 @@ class _Scheduler:
 
 def _base(node: Node) -> Node:
     while node.target is RESHAPE:
-        node = node.args[0]
+        node = node_of(node.args[0])
     return node
 
 
@@ -306,7 +309,7 @@ def bound(size: Expression) -> Size:
         return size
     ((name, of), *rest) = size.items()
     if rest or name in ("R", "B", ""):
-        return dict(size)  # type: ignore[arg-type]
+        return dict(size)
     sizes = [bound(s) for s in of]
     if name == "mul":
         return elements(sizes)

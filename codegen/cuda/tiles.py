@@ -66,7 +66,8 @@ def join(*texts: Text) -> frozenset[int]:
 
 
 def literal(x: object, kind: str) -> Text:
-    """A number as the text of a kernel."""
+    """A number, or its text, as the text of a kernel."""
+    assert isinstance(x, (int, float, str)), f"not a number: {x!r}"
     if kind == "bool":
         return Text(str(bool(x)), kind)
     if kind == "int":

@@ -139,7 +139,9 @@ def _functions_of(text: str, names: Sequence[str]) -> str:
         if isinstance(node, ast.ImportFrom):
             node.names = [a for a in node.names if (a.asname or a.name) in used]
     tree.body = [
-        n for n in kept if not isinstance(n, (ast.Expr, ast.ImportFrom)) or getattr(n, "names", ())
+        n
+        for n in kept
+        if not isinstance(n, ast.Expr) and not (isinstance(n, ast.ImportFrom) and not n.names)
     ]
     return ast.unparse(tree)
 

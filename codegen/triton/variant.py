@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 # A size as data, what a JSON plan holds: 7; {"R": 64, "": 7} for 64 R + 7; or one of
@@ -80,7 +81,7 @@ class Variant:
             kernel=text["kernel"],
             arguments=tuple(Parameter(**p) for p in text["arguments"]),
             constants=tuple((name, value) for name, value in text["constants"]),
-            grid=tuple(text["grid"]),  # type: ignore[arg-type]
+            grid=tuple(text["grid"]),
             num_warps=text["num_warps"],
             num_stages=text["num_stages"],
         )
@@ -161,11 +162,10 @@ def _apply(operator: str, values: Sequence[int]) -> int:
     if operator == "cdiv":
         return -(-values[0] // values[1])
     if operator == "mul":
-        out = 1
-        for value in values:
-            out *= value
-        return out
-    return {"min": min, "max": max, "sum": sum}[operator](values)
+        return prod(values)
+    if operator == "sum":
+        return sum(values)
+    return min(values) if operator == "min" else max(values)
 
 
 def pointer(name: str, dtype: str) -> Parameter:

@@ -81,7 +81,7 @@ def _write(cache: Tensor, rows: Tensor, row_seq: Tensor, row_pos: Tensor) -> Ten
     return cache.index_put_((row_seq, row_pos), rows)
 
 
-def _put(canvas: Tensor, indices: list[Tensor], values: Tensor) -> Tensor:
+def _put(canvas: Tensor, indices: list[Tensor | None], values: Tensor) -> Tensor:
     return canvas.index_put_(indices, values)
 
 
@@ -92,7 +92,7 @@ def _attend(
         return _one(q, keys, values, int(row_seq[0]), int(row_limit[0]), scale)
     out = torch.empty_like(q)
     pairs = torch.stack((row_seq, row_limit), 1)
-    for slot, limit in pairs.unique(dim=0).tolist():
+    for slot, limit in torch.unique(pairs, dim=0).tolist():
         rows = (pairs == torch.tensor([slot, limit])).all(1).nonzero()[:, 0]
         out[rows] = _one(q[rows], keys, values, slot, limit, scale)
     return out
@@ -118,7 +118,7 @@ def _moe_ffn(
     activation: str,
 ) -> Tensor:
     out = torch.zeros_like(x)
-    for e in experts.unique().tolist():
+    for e in torch.unique(experts).tolist():
         if e < 0:
             continue
         row, rank = torch.where(experts == e)

@@ -38,7 +38,7 @@ def verify(program: Program, after: str) -> None:
             raise broken("it is read before it is computed", node)
         seen.add(node)
         if node.op == "output":
-            if len(node.args[0]) != len(program.outputs):  # type: ignore[arg-type]
+            if len(node.args[0]) != len(program.outputs):
                 raise broken("the graph's outputs are not the program's")
             continue
         if node.op not in ("placeholder", "call_function"):

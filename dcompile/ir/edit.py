@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -16,12 +17,35 @@ from dcompile.ir.program import Holds, Input, Kind, Program
 from dcompile.ir.weights import Recipe
 
 
-def value(node: object) -> torch.Tensor:
-    """The fake tensor that stands for the value of a node, such as an argument of a call."""
-    assert isinstance(node, Node), f"{node!r} is no value of the step"
+def node_of(argument: object) -> Node:
+    """An argument of a call that is another call's value, or an input."""
+    assert isinstance(argument, Node), f"{argument!r} is no value of the step"
+    return argument
+
+
+def arguments(node: Node) -> tuple[Any, ...]:
+    """What a call is given, for code that reads it as the operator's schema has it."""
+    return node.args
+
+
+def value(argument: object) -> torch.Tensor:
+    """The fake tensor that stands for a node's value."""
+    node = node_of(argument)
     val = node.meta["val"]
     assert isinstance(val, torch.Tensor), f"{node.name} is not a tensor"
     return val
+
+
+def whole(argument: object) -> int:
+    """An argument of a call that is a number."""
+    assert isinstance(argument, int), f"{argument!r} is no whole number"
+    return argument
+
+
+def axes(dims: object, rank: int) -> list[int]:
+    """The axes that an operator's `dim` names, one or several, counted from the front."""
+    listed = dims if isinstance(dims, (list, tuple)) else [dims]
+    return [whole(dim) % rank for dim in listed]
 
 
 def propagate(program: Program, node: Node) -> None:

@@ -105,7 +105,7 @@ class Program:
                 yield node
 
     def placeholder(self, name: str) -> Node:
-        for node in self.graph.nodes:
+        for node in self.nodes():
             if node.op == "placeholder" and node.name == name:
                 return node
         raise KeyError(name)

@@ -46,7 +46,7 @@ def show_node(node: Node, program: Program) -> str:
 
 def target_name(node: Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
-        space, _, name = node.target.name().partition("::")
+        space, _, name = str(node.target._name).partition("::")
         overload = node.target._overloadname
         full = f"{name.partition('.')[0]}.{overload}"
         return full if space == "aten" else f"{space}.{full.removesuffix('.default')}"

@@ -215,7 +215,7 @@ class _Terms:
         axes, expert = list(range(len(ref.index))), None
         first = ref.index[0]
         if len(axes) == rank + 1 and (isinstance(first, Const) or first == self.choice):
-            expert = -1 if first == self.choice else first.value  # type: ignore[attr-defined]
+            expert = first.value if isinstance(first, Const) else -1
             axes = axes[1:]
         if len(axes) != rank or not any(_is_over(ref.index[i], row) for i in axes):
             raise NotProven(f"{ref.node.name} is not indexed as an expert's weight")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.fx import Node
 
-from dcompile.ir.edit import value
+from dcompile.ir.edit import axes, value
 from dcompile.passes.moe.algebra import (
     Expr,
     Fn,
@@ -125,17 +125,17 @@ def _sum(reader: Reader, node: Node, index: Index) -> Expr | None:
     dims = node.args[1] if len(node.args) > 1 else None
     if dims is None or dims == []:
         return None
-    axes = sorted(d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]))  # type: ignore
+    along = sorted(axes(dims, rank))
     keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
-    place: list[Term] = [t for i, t in enumerate(index) if not (keep and i in axes)]
+    place: list[Term] = [t for i, t in enumerate(index) if not (keep and i in along)]
     over: list[Var] = []
-    for axis in axes:
+    for axis in along:
         var = reader.axis(x, axis)
         over.append(var)
         place.insert(axis, var if reader.sizes(x)[axis] != (False, 1) else ZERO)
     body = reader.element(x, tuple(place))
     for var in reversed(over):
-        if reader.sizes(x)[axes[over.index(var)]] != (False, 1):
+        if reader.sizes(x)[along[over.index(var)]] != (False, 1):
             body = Total(var, body)
     if node.target is aten.sum.dim_IntList or truth(body):
         return body
@@ -154,7 +154,7 @@ def _stack(reader: Reader, node: Node, index: Index) -> Expr | None:
             return None
         rest = (*index[:dim], ZERO, *index[dim + 1 :])
     terms = [
-        Times((Same(index[dim], Const(i)), reader.element(part, rest)))  # type: ignore[arg-type]
+        Times((Same(index[dim], Const(i)), reader.element(part, rest)))
         for i, part in enumerate(parts)
     ]
     return Plus(tuple(terms))
@@ -178,7 +178,7 @@ def _equal(reader: Reader, node: Node, index: Index) -> Expr | None:
 
 def _positive(reader: Reader, node: Node, index: Index) -> Expr | None:
     """x > 0, or x >= 1, of what is 0 or 1"""
-    limit = {aten.gt.Scalar: (0, 0.5), aten.ge.Scalar: (1, 0.5)}[node.target]
+    limit = (0, 0.5) if node.target is aten.gt.Scalar else (1, 0.5)
     found = reader.operand(node, node.args[0], index)
     return found if node.args[1] in limit and truth(found) else None
 
@@ -218,7 +218,7 @@ def _choose(when: Expr, a: Expr, b: Expr) -> Expr | None:
 def _where(reader: Reader, node: Node, index: Index) -> Expr | None:
     if addends(reader, node, index) is not None:
         return _add(reader, node, index)
-    return _choose(*(reader.operand(node, a, index) for a in node.args))  # type: ignore[call-arg]
+    return _choose(*(reader.operand(node, a, index) for a in node.args))
 
 
 def _masked_fill(reader: Reader, node: Node, index: Index) -> Expr | None:

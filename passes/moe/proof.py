@@ -191,6 +191,12 @@ def _choices(x: Expr, node: Node) -> set[Chosen]:
     return found
 
 
+def _shape(expert: Expert) -> tuple[int, int, bool, bool]:
+    """Its widths, and which of its projections have no bias."""
+    biases = (expert.gate_bias is None, expert.down_bias is None)
+    return (expert.gate.rows, expert.down.rows, *biases)
+
+
 def _alike(found: list[Weighted], row: Var) -> None:
     """All experts read one x, act alike, and are weighted alike."""
     first = found[0]
@@ -206,11 +212,7 @@ def _alike(found: list[Weighted], row: Var) -> None:
             raise NotProven("the experts' activations differ")
         if (item.number, item.factors) != (first.number, first.factors):
             raise NotProven("the experts are not weighted alike")
-        shape = (expert.gate.rows, expert.down.rows, expert.gate_bias is None)
-        shape += (expert.down_bias is None,)
-        wanted = first.expert
-        if shape != (wanted.gate.rows, wanted.down.rows, wanted.gate_bias is None,
-                     wanted.down_bias is None):  # fmt: skip
+        if _shape(expert) != _shape(first.expert):
             raise NotProven("the experts differ in width or in biases")
         views = (expert.gate, expert.up, expert.down)
         dtypes |= {value(v.node).dtype for v in views}

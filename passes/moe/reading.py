@@ -143,7 +143,7 @@ class Reader:
                 return index[0]
         if node.target is operator.getitem and node.args[1] == 1 and is_choice(node.args[0]):
             (topk, _), last = node.args, node.meta["val"].dim() - 1
-            size = int(value(topk.args[0]).shape[last])  # type: ignore[union-attr,arg-type]
+            size = int(value(topk.args[0]).shape[last])  # type: ignore[union-attr]
             return Chosen(topk, index, size)  # type: ignore[arg-type]
         if node.target in (aten.arange.default, aten.arange.start) and len(node.args) <= 2:
             start = node.args[0] if node.target is aten.arange.start else 0
@@ -163,7 +163,7 @@ def is_choice(node: object) -> bool:
     dim = given[0] if given else node.kwargs.get("dim", -1)
     descending = node.kwargs.get("largest" if topk else "descending", topk)
     descending = given[1] if len(given) > 1 else descending
-    rank = value(node.args[0]).dim()  # type: ignore[arg-type]
+    rank = value(node.args[0]).dim()
     return dim in (-1, rank - 1) and bool(descending)
 
 
@@ -179,7 +179,7 @@ def _permute(reader: Reader, node: Node, index: Index) -> tuple[Node, Index] | N
     assert isinstance(x, Node) and isinstance(order, (list, tuple))
     back: list[Term] = [ZERO] * len(index)
     for term, axis in zip(index, order, strict=True):
-        back[int(axis)] = term  # type: ignore[arg-type]
+        back[int(axis)] = term
     return x, tuple(back)
 
 

@@ -51,7 +51,7 @@ class Ranking:
 
     @property
     def kind(self) -> str:
-        kinds = {aten.softmax.int: "softmax", aten.sigmoid.default: "sigmoid"}
+        kinds: dict[object, str] = {aten.softmax.int: "softmax", aten.sigmoid.default: "sigmoid"}
         return kinds.get(self.scores.target, "logits")
 
     @property
@@ -168,7 +168,8 @@ def _groups(
         (group,) = [t for t in terms if t is not best]
         size = choice.size // best.size
         _require(best.place[-1] == slot and size * best.size == choice.size)
-        _require(isinstance(expert, Var))
+        if not isinstance(expert, Var):
+            raise ValueError
         _require(group == quotient(expert, size) and best.node.args[1] == kept)
         at = reader.along(best.size)
         sums = reader.element(best.node.args[0], (*best.place[:-1], at))  # type: ignore[arg-type]
@@ -180,13 +181,13 @@ def _groups(
     return best.size, kept
 
 
-def _require(condition: bool) -> None:
+def _require(condition: object) -> None:
     if not condition:
         raise ValueError
 
 
 def _check_sums(
-    totals: list[Product], inner: list[Product], expert: Term, at: Term, size: int
+    totals: list[Product], inner: list[Product], expert: Var, at: Term, size: int
 ) -> None:
     """A group's score: sum over i < 2 of what ranks the i-th best expert of the group."""
     _require(len(totals) == len(inner))

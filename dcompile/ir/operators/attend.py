@@ -16,7 +16,7 @@ def attend(
     """q [R, H, K] attends to the first row_limit[r] keys of its slot; H is a multiple of G."""
     out = torch.zeros_like(q)
     groups = q.shape[1] // keys.shape[2]
-    for slot in row_seq.unique().tolist():
+    for slot in torch.unique(row_seq).tolist():
         rows = (row_seq == slot).nonzero()[:, 0]
         limit = row_limit[rows]
         length = int(limit.max())

@@ -146,10 +146,17 @@ def _(logits, live, temperature, seed, tick, pos, asked, mask_id):  # type: igno
 always_sampled = partial(decide, sampled=True)
 
 
-def always_sampled_four(*given: Tensor) -> Four:
-    *clock, pos, mask_id = given
+def always_sampled_four(
+    logits: Tensor,
+    live: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    tick: Tensor,
+    pos: Tensor,
+    mask_id: int,
+) -> Four:
     nothing = pos.new_zeros((*pos.shape, 0))
-    return always_sampled(*clock, pos, nothing, mask_id)[:4]  # type: ignore[arg-type]
+    return always_sampled(logits, live, temperature, seed, tick, pos, nothing, mask_id)[:4]
 
 
 CHOOSE = torch.ops.dcompile.choose.default

@@ -38,7 +38,7 @@ def moe_ffn(
     """
     act = ACTIVATIONS[activation]
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in [e for e in experts.unique().tolist() if e >= 0]:
+    for e in [e for e in torch.unique(experts).tolist() if e >= 0]:
         row, rank = (experts == e).nonzero(as_tuple=True)
         gate, up = F.linear(
             x[row], gate_up[e], None if gate_up_bias is None else gate_up_bias[e]

@@ -39,7 +39,7 @@ def norm_rope_write(
     """
     groups, size = keys.shape[2], keys.shape[3]
     rows = qkv.reshape(-1, heads + 2 * groups, size)
-    q, k, v = rows.split([heads, groups, groups], 1)
+    q, k, v = torch.split(rows, [heads, groups, groups], 1)
     if q_norm is not None:
         q = rms(q, q_norm, eps)
     if k_norm is not None:

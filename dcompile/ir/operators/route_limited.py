@@ -46,7 +46,7 @@ def route_limited(
         for seq, pos in zip(block_seq.tolist(), block_pos[:, 0].tolist(), strict=True):
             begin = torch.where(row_seq == seq, pos, begin)
         block = (row_pos - begin).div(block_pos.shape[1], rounding_mode="floor")
-        for pair in torch.stack((row_seq, block), 1).unique(dim=0).tolist():
+        for pair in torch.unique(torch.stack((row_seq, block), 1), dim=0).tolist():
             rows = ((row_seq == pair[0]) & (block == pair[1])).nonzero()[:, 0]
             keep = torch.zeros(experts, dtype=torch.bool)
             keep[best(keys[rows].amax(0), pool)] = True
@@ -54,7 +54,7 @@ def route_limited(
     chosen = best(keys, top_k)
     share = shares(logits, s, chosen, score, renormalize, scale)
     if capacity > 0:
-        for seq in row_seq.unique().tolist():
+        for seq in torch.unique(row_seq).tolist():
             rows = (row_seq == seq).nonzero()[:, 0]
             room = max(1, math.ceil(capacity * len(rows) * top_k / experts - 1e-9))
             chosen[rows] = _limit(chosen[rows], s[rows] if score != "softmax_chosen" else share[rows],
