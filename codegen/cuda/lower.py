@@ -18,7 +18,7 @@ from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.codegen.triton.variant import Number, Variant
 from dcompile.ir.program import Program
 
-LOOP_MEMORY = ("finished", "performed", "turn", "limit", "go")  # the runtime's; see docs/design.md
+LOOP_MEMORY = ("finished", "performed", "turn", "limit", "go")  # the runtime's; see docs/formats.md
 
 
 @dataclass(frozen=True)

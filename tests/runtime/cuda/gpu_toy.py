@@ -174,7 +174,7 @@ def _done(launch: Launched) -> None:
 
 
 def _advance(launch: Launched, slots: int) -> None:
-    """The contract of docs/design.md, one statement each."""
+    """The contract of docs/formats.md, one statement each."""
     count = launch.value(8, ctypes.c_int32)
     done = launch.array(0, np.bool_, count)
     clocks = [launch.array(at, np.int64, count) for at in (1, 2)]
