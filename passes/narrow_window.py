@@ -8,7 +8,7 @@ Input (R rows run; B blocks of 8 positions choose tokens):
     reshape_default_11: f32[R, 131] = reshape.default(linear_5, [-1, 131])
     index_1: f32[B, 8, 131] = index.Tensor(reshape_default_11, [choice_row])
 
-Output:
+Output, tidied:
 
     reshape_default_39: i64[8*B] = reshape.default(choice_row, [-1])
     index_select_default: f32[8*B, 4, 16] = index_select.default(getitem_15, 0, reshape_default_39)
@@ -16,8 +16,7 @@ Output:
     attend_default_1: f32[8*B, 4, 16] = dcompile.attend(index_select_default, getitem_16, getitem_17, ...)
     ...
     linear_5: f32[1, 8*B, 131] = linear.default(getitem_25, lm_head_weight)
-    reshape_default_11: f32[8*B, 131] = reshape.default(linear_5, [-1, 131])
-    reshape_default_40: f32[B, 8, 131] = reshape.default(reshape_default_11, [-1, 8, 131])
+    reshape_default_41: f32[B, 8, 131] = reshape.default(linear_5, [-1, 8, 131])
 """
 
 from __future__ import annotations
