@@ -13,6 +13,7 @@ test: $(VENV)/.test lint types unit
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/ratchet.py
 
 types: $(VENV)/.test
 	$(BIN)/mypy

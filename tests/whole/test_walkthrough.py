@@ -16,7 +16,7 @@ from dcompile.driver.compile import compile_checkpoint
 from dcompile.explain.command import explain
 from dcompile.options import Options
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 MODELS = {"tiny_dense": "llada", "tiny_moe": "llada_moe"}
 
 

@@ -308,7 +308,8 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import toy, torch
-from dcompile import cli, driver
+from dcompile import cli
+from dcompile.driver import compile as driver
 from dcompile.runtime.artifact import write_artifact
 def tensors():
     yield "weight", torch.zeros(3)
@@ -381,7 +382,7 @@ try:
 except SystemExit as done:
     assert not done.code
 parts = {{name.split(".")[1] for name in sys.modules if name.startswith("dcompile.")}}
-assert parts == {{"cli", "cubin", "errors", "on_the_spot", "options", "runtime", "untrusted"}}, parts
+assert parts == {{"cli", "cubin", "driver", "errors", "options", "runtime", "untrusted"}}, parts
 assert not {{"transformers", "torch._inductor", "torch._dynamo"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
