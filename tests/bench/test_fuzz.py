@@ -14,7 +14,7 @@ FOUND = sorted((Path(__file__).parents[1] / "fuzzed").glob("*.json"))
 
 
 def fuzz(*arguments: str) -> dict[str, object]:
-    command = [sys.executable, str(ROOT / "bench" / "fuzz.py"), *arguments]
+    command = [sys.executable, str(ROOT / "bench" / "fuzz"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(done.stdout[done.stdout.index("{\n") :])  # type: ignore[no-any-return]

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
+sys.path.append(str(Path(__file__).parents[2] / "bench" / "quality"))
 
-from quality_picture import picture
-from quality_table import COSTS, MARGIN, Row, choose, difference, front, table, wilson
+from picture import picture
+from table import COSTS, MARGIN, Row, choose, difference, front, table, wilson
 
 
 def row(policy: str, hits: str, forwards: int, cache: str = "none", model: str = "m") -> Row:

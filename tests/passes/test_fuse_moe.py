@@ -11,6 +11,7 @@ from check import body, run, small_program
 from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planned import Model, count, left_alone, planned
 from spellings import NEAR_MISSES, ROUTERS, SPELLINGS, Mixture, Router, Sizes, Spelling
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -99,10 +100,6 @@ def compare(block: nn.Module, rows: int = 7) -> Program:
         _, experts = mixture.router(mixture, mixture.gate(tensors["x"]))
     assert torch.equal(experts_of(program, tensors)[1].long(), experts[0])
     return program
-
-
-def count(program: Program, *targets: object) -> int:
-    return len(list(program.calls(*targets)))
 
 
 def build(router: Router, spelling: Spelling, sizes: Sizes = USUAL, seed: int = 0) -> Mixture:
@@ -316,3 +313,13 @@ def test_more_chosen_than_the_kept_groups_have_is_left_alone() -> None:
     fuse(program)
     assert not count(program, ops.ROUTE)
     assert "more than the kept groups have" in program.remarks[0].text
+
+
+def test_leaves_a_gate_that_is_not_top_k() -> None:
+    class Everyone(Model):
+        def weigh(self, x: Tensor) -> Tensor:
+            return self.gate(x).softmax(-1)
+
+    program = planned(Everyone())
+    assert count(program, aten.einsum.default) == 3 and not count(program, ops.MOE_FFN)
+    assert left_alone(program, "fuse_moe")

@@ -1,4 +1,4 @@
-"""Text in and out, with a tokenizer small enough to write here."""
+"""Text in and out, with a tokenizer of ten words."""
 
 from __future__ import annotations
 
@@ -7,25 +7,11 @@ from pathlib import Path
 
 import pytest
 import toy
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy import MASK, Toy
+from words import tokenizer_json
 
 from dcompile.errors import ArtifactError, RequestError
 from dcompile.runtime.decode.loop import Runner
-
-WORDS = ["<s>", "</s>", "<eos>", "a", "b", "c", "user", "<mask>", ":", "assistant"]
-
-
-def tokenizer_json() -> bytes:
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="c"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<s>", "<eos>", "<mask>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    tokenizer.enable_truncation(2)
-    return bytes(tokenizer.to_str(), "utf-8")
 
 
 def runner(path: Path, code: bytes, config: object = None, **files: str) -> Runner:

@@ -131,7 +131,7 @@ except OutputError as error:
 def script(path: Path, code: bytes, *, count: int, pause: float, limit: int) -> list[str]:
     library = path.parent.parent / "toy.so"
     library.write_bytes(code)
-    tests = str(Path(__file__).parent)
+    tests = str(Path(toy.__file__).parent)
     text = SCRIPT.format(
         tests=tests, path=str(path), code=str(library), count=count, pause=pause, limit=limit
     )

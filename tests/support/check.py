@@ -22,6 +22,10 @@ from dcompile.passes.canonicalize import Canonicalize
 SHAPE = StepShape(slots=1, positions=32, block_length=4, mask_id=0, dtype=torch.float32)
 
 
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
 class _Function(nn.Module):
     def __init__(self, fn: Callable[..., object], weights: dict[str, Tensor]) -> None:
         super().__init__()

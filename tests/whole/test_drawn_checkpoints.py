@@ -6,15 +6,13 @@ import random
 from pathlib import Path
 
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import FAMILIES, write_checkpoint
 from slow import decode
 
 import dcompile
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
-
-FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe")
 
 
 def draw(family: str, rng: random.Random) -> dict[str, object]:

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import FAMILIES, write_checkpoint
 
 import dcompile
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.driver.origin import open_origin, trace_origin
 from dcompile.driver.settle import settle
 from dcompile.options import Options
-
-FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint, write_model_pt
+from checkpoints import FAMILIES, write_checkpoint, write_model_pt
 from slow import decode
 
 import dcompile
@@ -18,7 +18,6 @@ from dcompile.options import Options
 from dcompile.runtime.decode.loop import Runner
 from dcompile.verify.command import verify
 
-FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe")
 PROMPTS = [[1, 2, 3, 4, 5], [7] * 11, [3, 1, 4, 1, 5, 9, 2, 6], [8]]
 LENGTH = 16
 

@@ -12,19 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "runtime"))
-
-import test_tokens
 import toy
 from toy import EOS, MASK, Toy
+from words import WORDS, tokenizer_json
 
 from dcompile import cli
 from dcompile.driver import compile as driver
 from dcompile.errors import CheckpointError, OutputError
 from dcompile.options import Options
 
-RUNTIME_TESTS = str(Path(__file__).parents[2] / "runtime")
+SUPPORT = str(Path(toy.__file__).parent)
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +31,6 @@ def keep_signals() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return toy.build(tmp_path_factory.mktemp("toy"))
-
-
 @pytest.fixture
 def artifact(tmp_path: Path, code: bytes) -> str:
     return str(toy.write(tmp_path / "toy.dcx", Toy(batch=2), code))
@@ -46,7 +38,7 @@ def artifact(tmp_path: Path, code: bytes) -> str:
 
 @pytest.fixture
 def talking(tmp_path: Path, code: bytes) -> str:
-    files = {"tokenizer/tokenizer.json": test_tokens.tokenizer_json()}
+    files = {"tokenizer/tokenizer.json": tokenizer_json()}
     return str(toy.write(tmp_path / "talking.dcx", Toy(), code, **files))
 
 
@@ -115,7 +107,7 @@ def test_a_queue_is_answered_first_done_first(
 def test_text(talking: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", talking, "--prompt", "a b", "--gen-length", "8", "--quiet") == 0
     out, err = capsys.readouterr()
-    assert err == "" and set(out.split()) <= {*test_tokens.WORDS}
+    assert err == "" and set(out.split()) <= {*WORDS}
     assert call("run", talking, "--prompt", "a b", "--gen-length", "8") == 0
     assert capsys.readouterr().err.count(" forwards, ") == 1
 
@@ -327,7 +319,7 @@ cli.main(["model", "-o", {out!r}])
 def test_an_interrupt_leaves_nothing(
     number: signal.Signals, status: int, name: str, tmp_path: Path
 ) -> None:
-    text = SLOW.format(tests=RUNTIME_TESTS, out=str(tmp_path / name))
+    text = SLOW.format(tests=SUPPORT, out=str(tmp_path / name))
 
     def hear_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores them

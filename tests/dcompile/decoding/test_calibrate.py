@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
+import toy
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "runtime"))
-
-import toy
 from toy import EOS, MASK, VOCAB, Toy
 
 from dcompile import cli
@@ -25,11 +21,6 @@ from dcompile.runtime.decode.loop import Runner
 DRAW = random.Random(11)
 TOKENS = [token for token in range(VOCAB) if token != MASK]
 PROMPTS = [DRAW.choices(TOKENS, k=length) for length in range(1, 9)]
-
-
-@pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return toy.build(tmp_path_factory.mktemp("code"))
 
 
 def before_end(tokens: list[int]) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import MASK
+from checkpoints import FAMILIES, MASK
 
 from dcompile.errors import BuildError, OutputError
 from dcompile.export import pt2
@@ -36,16 +36,13 @@ for given in torch.load(sys.argv[2], weights_only=True):
 torch.save(out, sys.argv[3])
 print(json.dumps(said))
 """
-FAMILIES = [
+CASES = [
     ("llada_moe", SMALL),
-    *(
-        pytest.param(family, {}, marks=pytest.mark.slow)
-        for family in ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe")
-    ),
+    *(pytest.param(family, {}, marks=pytest.mark.slow) for family in FAMILIES),
 ]
 
 
-@pytest.mark.parametrize(("family", "config"), FAMILIES)
+@pytest.mark.parametrize(("family", "config"), CASES)
 def test_torch_alone_runs_the_step(
     make: Any, family: str, config: dict[str, object], tmp_path: Path
 ) -> None:

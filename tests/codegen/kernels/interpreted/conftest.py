@@ -1,4 +1,4 @@
-"""These tests need a process in which Triton interprets; `test_interpreted.py` starts one."""
+"""These tests need a process in which Triton interprets; `../test_kernels.py` starts one."""
 
 from __future__ import annotations
 

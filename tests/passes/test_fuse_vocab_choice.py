@@ -1,0 +1,19 @@
+"""The vocabulary projection is one operator with the choice, where nothing stands between."""
+
+from __future__ import annotations
+
+import torch
+from planned import Model, count, left_alone, planned
+from torch import Tensor
+
+from dcompile.ir import ops
+
+
+def test_leaves_logits_that_are_changed_after_the_projection() -> None:
+    class Capped(Model):
+        def logits(self, x: Tensor) -> Tensor:
+            return 30 * torch.tanh(self.head(x) / 30)
+
+    program = planned(Capped())
+    assert count(program, ops.CHOOSE) == 1 and not count(program, ops.VOCAB_CHOICE)
+    assert left_alone(program, "fuse_vocab_choice")
