@@ -14,61 +14,178 @@ CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
 MANAGERS = ("blockwise", "canvas", "pipelined")
 
 
-def _asked(default: Any, text: str, *, flag: str | None = None, shown: str | None = None) -> Any:
-    """A field, what help says of it, and how it is spelled where its name does not say it."""
-    return field(default=default, metadata={"help": text, "flag": flag, "metavar": shown})
+def _asked(
+    default: Any,
+    panel: str,
+    text: str,
+    *,
+    unset: str | None = None,
+    flag: str | None = None,
+    shown: str | None = None,
+) -> Any:
+    """A field and what help says of it: its panel, its text, and what is done where it is None.
+
+    `flag` is how it is spelled and `shown` how its value is, where its name does not say it.
+    """
+    told = {"panel": panel, "help": text, "unset": unset, "flag": flag, "metavar": shown}
+    return field(default=default, metadata=told)
 
 
 @dataclass(frozen=True)
 class Options:
     """Compile-time choices; None means what the model's family or the machine suggests."""
 
-    target: str = _asked("auto", "auto (cpu), cpu, cuda, or cuda:sm_80,sm_90.")
-    dtype: str = _asked("auto", "auto (as stored), float32, bfloat16 or float16.")
-    max_length: int | None = _asked(None, "Positions a sequence: prompt and generated tokens.")
-    batch: int = _asked(1, "Sequences in flight.")
-    block_length: int | None = _asked(None, "Positions decoded together.")
-    policy: str | None = _asked(None, "Which candidates commit: auto, a name, or file.py:name.")
-    score: str | None = _asked(None, "steps: low_confidence, random, margin or entropy.")
-    manager: str = _asked(
-        "blockwise", "blockwise, canvas (all positions as one block) or pipelined (D2F)."
+    target: str = _asked(
+        "auto", "Machine", "What to compile for: auto (the CPU), cpu, cuda, or cuda:sm_80,sm_90."
     )
-    max_blocks: int | None = _asked(None, "pipelined: blocks of a sequence undecided at a time.")
+    dtype: str = _asked(
+        "auto",
+        "Model",
+        "Type of weights and arithmetic: auto (as the checkpoint stores them), float32, bfloat16 or "
+        "float16.",
+    )
+    max_length: int | None = _asked(
+        None,
+        "Model",
+        "Most positions of a sequence, its prompt and the generated ones together.",
+        unset="the model's, at most 2048",
+    )
+    batch: int = _asked(1, "Machine", "Sequences that are generated at the same time.")
+    block_length: int | None = _asked(
+        None,
+        "Decoding",
+        "Positions of a block, which is decided before the next one begins; with --manager canvas, "
+        "positions to generate.",
+        unset="the model's; 32 where it has none",
+    )
+    policy: str | None = _asked(
+        None,
+        "Decoding",
+        "Which of the predicted tokens a forward keeps: auto, a policy's name, or your own as "
+        "file.py:name.",
+        unset="auto, the model family's own",
+    )
+    score: str | None = _asked(
+        None,
+        "Decoding",
+        "What --policy steps ranks positions by: low_confidence, random, margin or entropy.",
+        unset="low_confidence",
+    )
+    manager: str = _asked(
+        "blockwise",
+        "Decoding",
+        "Which positions are decided together: blockwise (one block after the other), canvas (all) "
+        "or pipelined (several blocks at a time, D2F).",
+    )
+    max_blocks: int | None = _asked(
+        None,
+        "Decoding",
+        "With --manager pipelined: most blocks of a sequence that are undecided at a time.",
+        unset="all",
+    )
     aligned: bool | None = _asked(
         None,
-        "The first block begins at a multiple of its length.",
+        "Decoding",
+        "Begin the first block at a multiple of the block length, or right after the prompt.",
+        unset="aligned where the model's attention has blocks",
         flag="--aligned/--unaligned",
     )
     cache: str | None = _asked(
-        None, "Rows recomputed: none, prefix, dual, vicinity, periodic, active or block."
+        None,
+        "Cache",
+        "Which rows a forward computes; the others keep the keys and values that they had. none "
+        "(computes all), prefix, dual, vicinity, periodic, active or block.",
+        unset="the model family's, else none",
     )
-    look_back: int = _asked(16, "vicinity: rows before the block.")
-    look_ahead: int = _asked(16, "vicinity: rows after it.")
-    warmup: int = _asked(4, "vicinity: first iterations over all rows.")
-    refresh_every: int = _asked(8, "periodic: iterations between refreshes.", shown="K")
+    look_back: int = _asked(
+        16, "Cache", "With --cache vicinity: rows before the block that are computed with it."
+    )
+    look_ahead: int = _asked(
+        16, "Cache", "With --cache vicinity: rows after the block that are computed with it."
+    )
+    warmup: int = _asked(
+        4, "Cache", "With --cache vicinity: a request's first forwards, which compute all rows."
+    )
+    refresh_every: int = _asked(
+        8,
+        "Cache",
+        "With --cache periodic: every K-th forward of a block computes all rows.",
+        shown="K",
+    )
     cross_block: bool = _asked(
         True,
-        "block: store a block in the next one's first forward, or in one of its own.",
+        "Cache",
+        "With --cache block: a finished block's keys and values are computed in the first forward of "
+        "the next block, or in a forward of their own.",
         flag="--cross-block/--no-cross-block",
     )
-    smoothing: float | None = _asked(None, "Iteration smoothing: the mixture's largest weight.")
-    moe_capacity: float | None = _asked(
-        None, "An expert takes so many times its even share of a sequence's tokens."
+    smoothing: float | None = _asked(
+        None,
+        "Decoding",
+        "Embed a position that stays masked as the mask plus this share, at most, of the tokens "
+        "predicted there. Published: 0.3.",
+        unset="off",
     )
-    moe_overflow: str | None = _asked(None, "What a token does beyond it: drop, or reroute.")
-    expert_pool: int | None = _asked(None, "Experts that the tokens of a block choose from.")
-    mask_id: int | None = _asked(None, "The mask token, where the checkpoint lacks it.")
+    moe_capacity: float | None = _asked(
+        None,
+        "Experts",
+        "Limit how many of a sequence's tokens an expert takes: 1.5 is half more than if they were "
+        "spread evenly over the experts.",
+        unset="no limit",
+    )
+    moe_overflow: str | None = _asked(
+        None,
+        "Experts",
+        "What a token does that a full expert does not take: drop (do without that expert) or "
+        "reroute (to its next best one).",
+        unset="drop",
+    )
+    expert_pool: int | None = _asked(
+        None,
+        "Experts",
+        "Let the tokens of a block choose among this many experts only, those that it scores highest.",
+        unset="all",
+    )
+    mask_id: int | None = _asked(
+        None,
+        "Model",
+        "Token id of the mask, for a checkpoint that does not say it.",
+        unset="the checkpoint's",
+    )
     eos_ids: tuple[int, ...] | None = _asked(
-        None, "Instead of the checkpoint's; repeatable.", flag="--eos-id"
+        None,
+        "Model",
+        "Token id that ends a text, in place of the checkpoint's; may be given several times.",
+        unset="the checkpoint's",
+        flag="--eos-id",
     )
     check: bool = _asked(
-        False, "Run the program before and after each pass, and compare.", flag="--check"
+        False,
+        "Debugging",
+        "Run the program before and after each pass, and compare the results.",
+        flag="--check",
     )
-    stop_after: str | None = _asked(None, "End the pipeline after this pass.", shown="PASS")
-    skip: tuple[str, ...] = _asked((), "Leave a pass out; repeatable.", shown="PASS")
-    threads: int | None = _asked(None, "CPU threads of the machine that will run it.")
+    stop_after: str | None = _asked(
+        None, "Debugging", "Run the passes up to this one only.", unset="all passes", shown="PASS"
+    )
+    skip: tuple[str, ...] = _asked(
+        (),
+        "Debugging",
+        "Leave this pass out; may be given several times.",
+        unset="none",
+        shown="PASS",
+    )
+    threads: int | None = _asked(
+        None,
+        "Machine",
+        "CPU threads that a run of the artifact takes where it asks for no other number.",
+        unset="every core; 1 for a small model",
+    )
     weights: str = _asked(
-        "inside", "In the artifact, or in a folder beside it.", shown="inside|external"
+        "inside",
+        "Machine",
+        "Where the weights go: inside the artifact, or external, in a folder beside it.",
+        shown="inside|external",
     )
 
     def validate(self) -> None:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from dcompile.errors import ArtifactError, RequestError
-from dcompile.runtime.artifact import Artifact
 from dcompile.untrusted import parse_json
 
 _FOLDER = "tokenizer/"
 
 
+class Files(Protocol):
+    """An artifact, or what else holds a tokenizer's files."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def bytes(self, name: str) -> memoryview: ...
+
+    def text(self, name: str) -> str: ...
+
+
 class Tokenizer:
     """The artifact's tokenizer; loads its libraries on first use."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Files) -> None:
         self._artifact = artifact
         self._files = {
             name.removeprefix(_FOLDER) for name in artifact.names if name.startswith(_FOLDER)
@@ -33,6 +43,11 @@ class Tokenizer:
         Without `special` the tokenizer adds no tokens of its own, such as a beginning.
         """
         text = self.render([{"role": "user", "content": text}]) if chat else text
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            remedy = "write it in UTF-8"
+            raise RequestError(
+                "the prompt is no text: bytes of it are no characters", remedy=remedy
+            )
         # A template writes its special tokens itself.
         encoding = self._tokenizer().encode(text, add_special_tokens=special and not chat)
         return [int(token) for token in encoding.ids]
@@ -88,6 +103,14 @@ class Tokenizer:
     def template(self) -> str:
         """The chat template's source; raises RequestError where there is none."""
         return self._template(self._config())
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        try:
+            return bool(self.template())
+        except RequestError:
+            return False
 
     def render(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True

@@ -47,7 +47,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     },
     "cost": {"codegen.cpu", "codegen.triton", "ir", "runtime", "errors"},
     # A verb reads what is below it, never another verb.
-    "explain": {"cost", "driver", "options", "ir", *RUNTIME, "errors", "untrusted"},
+    "explain": {"cost", "driver", "options", "frontends", "ir", *RUNTIME, "errors", "untrusted"},
     "profile": {"cost", *RUNTIME, "runtime.cuda", "errors"},
     "bench": {"cost", "driver", "options", "frontends", "ir", *RUNTIME, "errors"},
     "export": {"driver", "options", "codegen", "step", "ir", "runtime", "errors", "untrusted"},

@@ -7,6 +7,7 @@ import io
 import os
 import random
 import shutil
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -179,6 +180,7 @@ class Commands:
         places["out"] = str(folder / "out")
         line = [_fill(part, places) for part in case["line"]]
         out = io.StringIO()
+        sys.stdin = io.StringIO("a b\n/clear\n\nc\n")  # what `chat` reads; this is a child
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                 main(line)

@@ -12,8 +12,10 @@ from typing import Annotated
 
 import typer
 
-from dcompile.cli import generating, looking, making  # noqa: F401  (they register their commands)
+# Imported because they register their commands, in the order in which help lists them.
+from dcompile.cli import compiling, generating, looking, making  # noqa: F401
 from dcompile.cli.app import app
+from dcompile.cli.words import as_typed, with_command
 from dcompile.errors import DcompileError
 
 __all__ = ["app", "main"]
@@ -24,24 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # A named interrupt lets half-made files be removed; by default a process just ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    given = with_command(given)
     try:
-        app(_with_command(given), prog_name="dcompile")
+        app(given, prog_name="dcompile")
     except DcompileError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(f"{type(error).__name__}: {as_typed(error, given)}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        # What the file system refuses anywhere: a name that is too long, a full disk.
+        typer.echo(
+            f"OSError: {error.strerror or error}\n  where  {error.filename!r:.200}", err=True
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except MemoryError:
         typer.echo("MemoryError: this machine has too little memory for that", err=True)
         sys.exit(1)
-
-
-def _with_command(arguments: list[str]) -> list[str]:
-    """`dcompile CHECKPOINT ...` means `dcompile compile CHECKPOINT ...`."""
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
-    if not arguments or arguments[0] in {*commands, "--help", "--version"}:
-        return arguments
-    return ["compile", *arguments]
 
 
 def _version(wanted: bool) -> None:
@@ -52,7 +53,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(options_metavar="CHECKPOINT -o OUT.dcx", subcommand_metavar="| COMMAND ...")
 def _top(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")

@@ -1,4 +1,4 @@
-"""Commands that look at an artifact: `explain`, `profile`, `verify`, `bench`."""
+"""Commands that look at an artifact: `info`, `explain`, `profile`, `verify`, `bench`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Annotated
 import typer
 
 from dcompile.cli.app import (
+    LOOK,
     ArtifactPath,
     AsJson,
     GenLength,
+    Prompt,
+    PromptIds,
+    Prompts,
     Quiet,
     SetParameter,
     Threads,
@@ -21,19 +25,49 @@ from dcompile.cli.app import (
 from dcompile.cli.requests import parameters_of, prompts_of
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
+def info(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An artifact, or a checkpoint.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what an artifact or a checkpoint is: model, decoding, target, sizes."""
+    from dcompile.explain.facts import facts_of
+    from dcompile.explain.info import in_words
+
+    facts = facts_of(model)
+    typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else in_words(facts), nl=as_json)
+
+
+@app.command(rich_help_panel=LOOK)
 def explain(
     artifact: ArtifactPath,
-    pass_name: Annotated[str | None, typer.Argument(metavar="[PASS]")] = None,
+    pass_name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PASS]",
+            help="Show what this pass changed.",
+            show_default="all passes, counted",
+        ),
+    ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--remarks", metavar="missed|passed|all", help="What was fused, what not."),
+        typer.Option(
+            "--remarks",
+            metavar="missed|passed|all",
+            help="Say what the passes could not do, what they did, or both.",
+        ),
     ] = None,
     graph: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", help="Draw the graph (after PASS); or .dot.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.svg", help="Draw the program, after PASS or at the end; or FILE.dot."
+        ),
     ] = None,
     times: Annotated[
-        Path | None, typer.Option(metavar="CHECKPOINT", help="Run the passes again and time them.")
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT", help="Run the passes again on the checkpoint, and time them."
+        ),
     ] = None,
 ) -> None:
     """Show the passes and kernels of an artifact, or what one pass changed."""
@@ -54,25 +88,30 @@ def explain(
         show(explain_artifact(artifact, pass_name))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def profile(
     artifact: ArtifactPath,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT")] = None,
-    prompt_ids: Annotated[str | None, typer.Option(metavar="1,2,3")] = None,
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE.jsonl")] = None,
+    prompt: Prompt = None,
+    prompt_ids: PromptIds = None,
+    prompts: Prompts = None,
     gen_length: GenLength = None,
     set_parameter: SetParameter = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Plain and timed generations, each.")] = 3,
-    launches: Annotated[bool, typer.Option("--launches", help="A line for every launch.")] = False,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Generations without timers, and as many with them.")
+    ] = 3,
+    launches: Annotated[
+        bool, typer.Option("--launches", help="Print a line for every launch.")
+    ] = False,
     as_json: AsJson = False,
     trace: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Trace events, for ui.perfetto.dev.")
+        Path | None, typer.Option(metavar="FILE", help="Write trace events, for ui.perfetto.dev.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="One self-contained page.")
+        Path | None, typer.Option(metavar="FILE", help="Write a page that stands alone.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(metavar="OTHER", help="An artifact, or a profile's JSON.")
+        Path | None,
+        typer.Option(metavar="OTHER", help="Show it beside another artifact, or a profile's JSON."),
     ] = None,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -85,7 +124,7 @@ def profile(
     if given > 1:
         raise typer.BadParameter("give one of --prompt, --prompt-ids and --prompts")
     asked = prompts_of(prompt, prompt_ids, prompts) if given else []
-    parameters = parameters_of(set_parameter or [])
+    parameters = parameters_of(set_parameter or [], {})
     from dcompile.profile.command import Asked, run_profile
 
     with telling(quiet) as progress:
@@ -95,13 +134,17 @@ def profile(
     shown.print(as_json, launches)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def verify(
     artifact: ArtifactPath,
-    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that it came from.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint that it came from.")
+    ],
     run_model: Annotated[
         bool,
-        typer.Option("--run/--no-run", help="Also run each pass's program, and each layer."),
+        typer.Option(
+            "--run/--no-run", help="Run the program after each pass, and each layer, as well."
+        ),
     ] = True,
     quiet: Quiet = False,
 ) -> None:
@@ -114,15 +157,28 @@ def verify(
     typer.echo(report.rstrip("\n"))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def bench(
     artifact: ArtifactPath,
     against: Annotated[
-        str, typer.Option(metavar="eager,compile", help="Rivals, separated by commas.")
+        str,
+        typer.Option(
+            metavar="eager,compile",
+            help="What to time beside it: the checkpoint as it is, or under torch.compile.",
+            show_default="nothing",
+        ),
     ] = "",
-    checkpoint: Annotated[Path | None, typer.Option(help="What the rivals run.")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Positions in the sequence.")] = None,
-    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="The checkpoint that --against needs."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Positions in the sequence.", show_default="the artifact's --max-length"
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured.")] = 15,
     threads: Threads = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -1,4 +1,4 @@
-"""Commands that make something of a model: `compile`, `export`, `tune`, `demo`."""
+"""Commands that make something else of a model: `export`, `tune`, `demo`."""
 
 from __future__ import annotations
 
@@ -7,52 +7,33 @@ from typing import Annotated
 
 import typer
 
-from dcompile.cli.app import Quiet, app, telling
+from dcompile.cli.app import MAKE, Quiet, app, telling
 from dcompile.cli.options import takes_options
 from dcompile.options import Options
 
-SUFFIX = ".dcx"
 
-
-@app.command("compile")
-@takes_options()
-def compile_command(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A Hugging Face folder, a model.pt or an exported .pt2.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="A .dcx file, or a folder.")
-    ] = None,
-    quiet: Quiet = False,
-    *,
-    options: Options,
-) -> None:
-    """Compile a checkpoint (also without the word: `dcompile CHECKPOINT`)."""
-    from dcompile.driver.compile import compile_checkpoint
-
-    out = out or _default_out(checkpoint)
-    with telling(quiet) as progress:
-        compile_checkpoint(checkpoint, options, out, progress=progress)
-    if not quiet:
-        typer.echo(f"wrote {out}", err=True)
-
-
-def _default_out(checkpoint: Path) -> Path:
-    path = checkpoint.resolve()
-    # The dot of `LLaDA-1.5` begins no suffix.
-    return Path((path.stem if path.suffix in (".pt", ".pt2") else path.name) + SUFFIX)
-
-
-@app.command("export")
+@app.command("export", rich_help_panel=MAKE)
 @takes_options(
     "dtype", "max_length", "block_length", "policy", "score", "cache", "mask_id", "eos_ids"
 )
 def export_command(
-    model: Annotated[Path, typer.Argument(help="An artifact, or a checkpoint.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file or folder to write.")],
-    format: Annotated[str, typer.Option(help="onnx, pt2, folder or dcx.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An artifact, or a checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file or folder to write.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="onnx|pt2|folder|dcx",
+            help="What to write: the step as an ONNX "
+            "model or a torch program, or an artifact as a folder or as one file.",
+        ),
+    ],
     entry: Annotated[
-        str, typer.Option(help="window: some positions, keys and values in and out. full: all.")
+        str,
+        typer.Option(
+            metavar="window|full",
+            help="What a call of the step computes: window, some positions, with keys and values "
+            "handed in and out; full, all positions.",
+        ),
     ] = "window",
     quiet: Quiet = False,
     *,
@@ -60,7 +41,7 @@ def export_command(
 ) -> None:
     """Take a model out: its denoising step as ONNX or .pt2, an artifact as a folder or one file.
 
-    Options of the compiler, from --max-length on, are for checkpoints; an artifact has its own.
+    Options of the compiler, from --dtype on, are for checkpoints; an artifact has its own.
     """
     from dcompile.export.command import Asked, export
 
@@ -73,18 +54,33 @@ def export_command(
         typer.echo(f"wrote {', '.join(map(str, made.files))}", err=True)
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def tune(
     path: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT|CHECKPOINT", help="Whose kernels to tune.")
+        Path,
+        typer.Argument(metavar="MODEL", help="The artifact or checkpoint whose kernels to tune."),
     ],
     families: Annotated[
-        str, typer.Option(metavar="linear,attend", help="Only these; default all.")
+        str,
+        typer.Option(
+            metavar="linear,attend", help="Kernels to tune, by kind.", show_default="all kinds"
+        ),
     ] = "",
-    rows: Annotated[int, typer.Option(min=1, help="Rows of an iteration.")] = 32,
-    most: Annotated[int, typer.Option(min=1, help="Choices of tiles a shape.")] = 32,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows that an iteration computes: sequences times block.")
+    ] = 32,
+    most: Annotated[
+        int, typer.Option(min=1, help="Most choices of tiles to time for a kernel's shape.")
+    ] = 32,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Default: the compiler's own table.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE.json",
+            help="Where to keep what was found.",
+            show_default="the compiler's own table",
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -100,7 +96,7 @@ def tune(
     Console(width=120).print(shown(found))
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def demo() -> None:
     """Compile and run the small trained model that ships with the package."""
     from dcompile.demo import run_demo

@@ -12,6 +12,9 @@ import typer
 
 from dcompile.options import Options
 
+PANELS = ("Model", "Decoding", "Cache", "Experts", "Machine", "Debugging")
+"""The groups that help shows options in, in its order."""
+
 
 def takes_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each field of `Options` (or those named).
@@ -19,8 +22,9 @@ def takes_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     The function takes `options`, which holds what was given and the defaults of the rest.
     """
     kinds = get_type_hints(Options)
-    asked = {f.name: _parameter(f, kinds[f.name]) for f in fields(Options)}
-    asked = {name: asked[name] for name in names or asked}
+    # The order of the fields is the manifest's; help has that of its panels.
+    listed = sorted(fields(Options), key=lambda f: PANELS.index(f.metadata["panel"]))
+    asked = {f.name: _parameter(f, kinds[f.name]) for f in listed if f.name in names or not names}
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
@@ -45,9 +49,13 @@ def takes_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 def _parameter(of: Field[Any], kind: Any) -> inspect.Parameter:
     given = next((part for part in get_args(kind) if get_origin(part) is tuple), kind)
     several = get_origin(given) is tuple
-    flag = of.metadata["flag"]
+    told = of.metadata
     spelled = typer.Option(
-        *([flag] if flag else []), help=of.metadata["help"], metavar=of.metadata["metavar"]
+        *([told["flag"]] if told["flag"] else []),
+        help=told["help"],
+        metavar=told["metavar"],
+        show_default=told["unset"] or True,
+        rich_help_panel=told["panel"],
     )
     return inspect.Parameter(
         of.name,

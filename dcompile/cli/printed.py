@@ -50,8 +50,12 @@ def shown(text: str | None, tokens: Sequence[int]) -> str:
 
 
 def summary(result: Result) -> str:
+    """What was kept of what was decoded, in how many forwards; the last two give the next number."""
+    forwards, kept = result.forwards, len(result.tokens)
+    decoded = round(result.tokens_per_forward * forwards)
+    tokens = f"{decoded} tokens" if kept == decoded else f"{kept} tokens kept of {decoded} decoded"
     return (
-        f"{len(result.tokens)} tokens, {result.forwards} forwards, "
-        f"{result.tokens_per_forward:.2f} tokens a forward, "
-        f"{result.tokens_per_second:.1f} tokens a second"
+        f"{tokens} in {forwards} forward{'s' * (forwards != 1)}, "
+        f"{result.tokens_per_forward:.2f} a forward; "
+        f"{result.tokens_per_second:.1f} {'kept ' * (kept != decoded)}a second"
     )

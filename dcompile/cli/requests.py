@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,10 @@ def _prompt_of(line: str, where: str) -> Prompt:
     raise RequestError("the line has no prompt, or more than one", where=where, remedy=remedy)
 
 
-def parameters_of(assignments: Sequence[str]) -> dict[str, float]:
+def parameters_of(
+    assignments: Sequence[str], named: Mapping[str, float | None]
+) -> dict[str, float]:
+    """Parameters of the policy, as `--set` and the options that are named after them give them."""
     parameters = {}
     for assignment in assignments:
         name, _, value = assignment.partition("=")
@@ -61,7 +64,20 @@ def parameters_of(assignments: Sequence[str]) -> dict[str, float]:
             parameters[name.strip().replace("-", "_")] = float(value)
         except ValueError as error:
             raise typer.BadParameter(f"--set takes NAME=NUMBER, not {assignment!r}") from error
-    return parameters
+    return parameters | {name: float(v) for name, v in named.items() if v is not None}
+
+
+def load(
+    artifact: Path, verify: bool, threads: int | None, weights: Path | None, quiet: bool
+) -> Runner:
+    """The artifact's runner, which says so where files are not compared with their hashes."""
+    from dcompile.driver.missing_kernels import install
+    from dcompile.runtime.decode.loop import Runner
+
+    install()
+    if not verify and not quiet:
+        typer.echo("--no-verify: no file was compared with its hash", err=True)
+    return Runner.load(artifact, verify=verify, threads=threads, weights_at=weights)
 
 
 def generate(
@@ -72,11 +88,8 @@ def generate(
     parameters: dict[str, float],
     **request: Any,
 ) -> list[Result]:
-    known = set(runner.limits.parameters)
-    if unknown := sorted(set(parameters) - known):
-        what = "the compiled policy has no such parameter"
-        remedy = f"it has: {', '.join(sorted(known)) or 'none'}"
-        raise RequestError(what, where=unknown[0], remedy=remedy)
+    # Checked here, where they are apart from what else a request has: no `--set seed=4`.
+    runner.limits.parameters_of(parameters)
     ids = [runner.encode(prompt, chat) for prompt in prompts]
     length = default_gen_length(runner, ids) if gen_length is None else gen_length
     return runner.generate(ids, gen_length=length, **{**request, **parameters})

@@ -32,9 +32,15 @@ def explain(path: str | Path, pass_name: str | None = None) -> str:
     stages = stages_of(artifact)
     if pass_name is None:
         names = ", ".join(_pass_of(s) for s in stages)
-        sections = [artifact.text("report.txt"), kernel_table(artifact), _unread(artifact)]
+        sections = [_report(artifact), kernel_table(artifact), _unread(artifact)]
         return "\n".join([*(s for s in sections if s), f"stages    {names}\n"])
     return "".join(_diff(artifact, stages, i) for i in _sites(stages, pass_name))
+
+
+def _report(artifact: Artifact) -> str:
+    """The report without its counts of launches, which the kernel table has too."""
+    sections = artifact.text("report.txt").split("\n\n")
+    return "\n\n".join(s for s in sections if not s.startswith("kernel "))
 
 
 def stages_of(artifact: Artifact) -> list[str]:

@@ -73,6 +73,12 @@ class Checkpoint:
                 parameter.copy_(self.recipes[name].read(self.read))
         return module
 
+    def size(self) -> tuple[int, int]:
+        """How many values the tensors hold, and how many bytes they take."""
+        headers = self._tensors.headers.values()
+        kinds = [(prod(h.shape), h.dtype) for h in headers if isinstance(h.dtype, torch.dtype)]
+        return sum(n for n, _ in kinds), sum(n * dtype.itemsize for n, dtype in kinds)
+
     def tokenizer_files(self) -> Mapping[str, bytes]:
         """Those of the checkpoint, and a tokenizer.json also where it has only what that is made of."""
         return with_tokenizer_json(self._tokenizer_files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import traceback
 from pathlib import Path
 
 from dcompile.errors import OptionError
@@ -28,7 +29,7 @@ def find_policy(name: str, score: str | None = None) -> Policy:
         if name != "steps":
             raise OptionError(
                 f"policy {name!r} has its own score; --score {score} is for policy 'steps'",
-                where="--score",
+                where="score",
                 remedy="--policy steps, or leave --score out",
             )
         return steps(score)
@@ -45,12 +46,25 @@ def find_policy(name: str, score: str | None = None) -> Policy:
     return policy
 
 
+def _line_of(path: Path, error: Exception) -> str:
+    """The last line of the file that an error came through."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename) == path.absolute()]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
 def _from_file(path: Path, attribute: str) -> Policy:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise OptionError(f"the policy's file {path} cannot be read", remedy="check the path")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a stranger's file may raise anything
+        what = f"the policy's file cannot be loaded: {type(error).__name__}: {error}"
+        raise OptionError(what, where=_line_of(path, error), remedy="run it with python") from error
     found = vars(module).get(attribute)
     if isinstance(found, Policy):
         return found

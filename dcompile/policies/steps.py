@@ -42,7 +42,7 @@ def steps(score: str) -> Policy:
     if score not in SCORES:
         raise OptionError(
             f"there is no score named {score!r}",
-            where="--score",
+            where="score",
             remedy=f"one of {', '.join(SCORES)}",
         )
 

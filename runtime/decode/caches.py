@@ -26,6 +26,8 @@ Rows = tuple[int, int] | Ints
 _UNIT = 8
 """`active` runs whole units of rows, so that few different numbers of rows are prepared."""
 CACHES = ("none", "prefix", "dual", "vicinity", "periodic", "active", "block")
+EXACT = ("none", "block")
+"""Caches whose tokens are those of every row computed every time."""
 
 
 @dataclass(frozen=True)
@@ -181,15 +183,15 @@ def cache_policy(options: Mapping[str, Any], span: int | None) -> CachePolicy:
         return none
     if name not in CACHES:
         known = ", ".join(CACHES)
-        raise OptionError(f"unknown cache {name!r}", where="--cache", remedy=f"use one of {known}")
+        raise OptionError(f"unknown cache {name!r}", where="cache", remedy=f"use one of {known}")
     if name == "block":
         if span is None:
             what = "cache 'block' needs block-causal attention; this model's is bidirectional"
-            raise OptionError(what, where="--cache", remedy="use dual, or none to be exact")
+            raise OptionError(what, where="cache", remedy="use dual, or none to be exact")
         return stored_block if stores_blocks(options) else block
     if span is not None:
         what = f"cache {name!r} approximates what block-causal attention can have exactly"
-        raise OptionError(what, where="--cache", remedy="use block")
+        raise OptionError(what, where="cache", remedy="use block")
     if name == "vicinity":
         look = (_count(options, "look_back"), _count(options, "look_ahead"))
         return vicinity(*look, _count(options, "warmup"))
@@ -212,6 +214,5 @@ def _count(options: Mapping[str, Any], key: str, least: int = 0) -> int:
     value = options.get(key)
     value = least if value is None else value
     if type(value) is not int or value < least:
-        flag = "--" + key.replace("_", "-")
-        raise OptionError(f"{value!r} is out of range", where=flag, remedy=f"use {least} or more")
+        raise OptionError(f"{value!r} is out of range", where=key, remedy=f"use {least} or more")
     return value

@@ -63,10 +63,10 @@ class Limits:
         if span is not None and (span < 1 or (n % span and span % n)):
             what = f"decoding blocks of {n} do not fit the model's attention blocks of {span}"
             remedy = f"compile with --block-length {span}"
-            raise OptionError(what, where="--block-length", remedy=remedy)
+            raise OptionError(what, where="block_length", remedy=remedy)
         if limits.pipelined and (span is None or n % span):
             what = "pipelined blocks need a block-causal mask, whose blocks fit into theirs"
-            raise OptionError(what, where="--manager", remedy="use blockwise")
+            raise OptionError(what, where="manager", remedy="use blockwise")
         return limits
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import toy
 from toy import MASK, Toy
-from words import tokenizer_json
+from words import GENERATION, TEMPLATE, tokenizer_json
 
 from dcompile.errors import ArtifactError, RequestError
 from dcompile.runtime.decode.loop import Runner
@@ -20,10 +20,6 @@ def runner(path: Path, code: bytes, config: object = None, **files: str) -> Runn
         written["tokenizer/tokenizer_config.json"] = json.dumps(config).encode()
     written |= {f"tokenizer/{name}": text.encode() for name, text in files.items()}
     return Runner.load(toy.write(path / "a.dcx", Toy(), code, **written))
-
-
-TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
-GENERATION = "{% if add_generation_prompt %}assistant :{% endif %}"
 
 
 def test_text_and_back(tmp_path: Path, code: bytes) -> None:

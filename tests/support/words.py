@@ -5,6 +5,8 @@ from __future__ import annotations
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = ["<s>", "</s>", "<eos>", "a", "b", "c", "user", "<mask>", ":", "assistant"]
+TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+GENERATION = "{% if add_generation_prompt %}assistant :{% endif %}"
 
 
 def tokenizer_json() -> bytes:

@@ -66,3 +66,17 @@ def test_memory_is_at_most_a_mebibyte_a_block(name: str, n: int) -> None:
     held = find_policy(name).state.values()
     size = sum(prod(s.shape(n)) * torch.empty(0, dtype=s.dtype).itemsize for s in held)
     assert size <= 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [("x = 1\nraise ValueError('no')\n", 2, "ValueError: no"), ("x = (\n", 1, "SyntaxError")],
+)
+def test_a_file_that_fails_is_named_with_its_line(
+    text: str, line: int, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    with pytest.raises(OptionError, match=words) as caught:
+        find_policy(f"{file}:x")
+    assert caught.value.where == f"{file}:{line}"

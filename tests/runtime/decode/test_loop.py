@@ -262,7 +262,7 @@ def test_the_default_length_fits(
         (Toy(cache="block"), "bidirectional"),
         (Toy(cache="dual", span=4), "use block"),
         (Toy(cache="lru"), "unknown cache"),
-        (Toy(cache="periodic", refresh_every=0), "refresh-every"),
+        (Toy(cache="periodic", refresh_every=0), "refresh_every"),
         (Toy(cache="vicinity", warmup=-1), "warmup"),
         (Toy(span=3, cache="block"), "do not fit"),
     ],
