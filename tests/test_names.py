@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dcompile.cli import app as command_line
 from dcompile.driver import pipeline
 from dcompile.ir.program import Pass
 
@@ -18,6 +19,8 @@ PASSES = sorted(
 )
 # Whole compiles, references, scripts, and kernels, whose sources are no Python modules here.
 WHOLES = {"whole", "reference", "bench", "codegen/cpu/kernels", "codegen/kernels/interpreted"}
+# Whose tests are called as the commands that a user types.
+COMMANDS = "dcompile/cli"
 FOLDERS = sorted(
     {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     - WHOLES
@@ -38,10 +41,16 @@ def test_a_pass_has_one_name_and_a_test(item: type) -> None:
     assert (TESTS / "passes" / f"test_{name}.py").is_file()
 
 
+def command_names() -> set[str]:
+    return {c.name or c.callback.__name__ for c in command_line.registered_commands if c.callback}
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_test_is_called_as_what_it_tests(folder: str) -> None:
     """`test_MODULE[_WHAT].py` beside the module's path, or `test_FOLDER.py` for a folder's whole."""
     modules = {path.stem for path in (ROOT / folder).glob("*.py")} | {Path(folder).name}
+    if folder == COMMANDS:
+        modules |= {*command_names(), "process", "help"}
     assert len(modules) > 1, f"{folder} has no sources"
     for path in (TESTS / folder).glob("test_*.py"):
         name = path.stem.removeprefix("test_")
