@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dcompile.codegen.cpu.build import ISA_FLAGS, build, build_library, isas, library_sources
 from dcompile.codegen.cpu.lower import Lowered, emitted_sources, lower
 from dcompile.codegen.launches import Launch
-from dcompile.codegen.targets import Target, parse_target
+from dcompile.codegen.targets import Target
 from dcompile.codegen.triton.aot import compiler_version
 from dcompile.ir.program import Program
 from dcompile.ir.show import show_node
@@ -37,10 +37,8 @@ class Backend(Protocol):
     def __call__(self, program: Program) -> Code: ...
 
 
-def backend_of(target: str) -> Backend:
-    """The backend that a settled target names."""
-    found = parse_target(target)
-    return CPU() if found.kind == "cpu" else CUDA(found)
+def backend_of(target: Target) -> Backend:
+    return CPU() if target.kind == "cpu" else CUDA(target)
 
 
 def lower_cuda(program: Program, target: Target) -> CudaLowered:

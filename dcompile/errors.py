@@ -48,6 +48,10 @@ class OptionError(DcompileError):
     """A compile-time option has a value that makes no sense, alone or with another."""
 
 
+class PolicyError(OptionError):
+    """A decoding policy raises, or returns what no step can take: named with its file and line."""
+
+
 class RequestError(DcompileError):
     """A generation request cannot be served: its prompt, length or a run-time setting is out of range."""
 

@@ -189,61 +189,44 @@ class Options:
     )
 
     def validate(self) -> None:
-        """Raise OptionError where a value makes no sense."""
+        """Raise OptionError, with the option's name as its place, where a value makes no sense."""
         # Here, so that the command line knows its options without loading the compiler.
         from dcompile.codegen.targets import parse_target
 
         for name in ("max_length", "batch", "block_length", "max_blocks", "threads"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise OptionError(f"{name} must be at least 1, not {number}")
+            self._check_least(name, 1)
         for name in ("look_back", "look_ahead", "warmup"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name} must not be negative, it is {getattr(self, name)}")
-        if self.weights not in ("inside", "external"):
-            what = f"weights are inside or external, not {self.weights!r}"
-            raise OptionError(what, remedy="--weights inside or external")
-        if self.refresh_every < 1:
-            raise OptionError(f"refresh_every must be at least 1, not {self.refresh_every}")
-        self._validate_experts()
-        if self.cache is not None and self.cache not in CACHES:
-            raise OptionError(
-                f"there is no cache policy named {self.cache!r}",
-                remedy=f"one of {', '.join(CACHES)}",
-            )
-        if self.manager not in MANAGERS:
-            raise OptionError(
-                f"there is no manager named {self.manager!r}",
-                remedy=f"one of {', '.join(MANAGERS)}",
-            )
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise OptionError(
-                f"dtype {self.dtype!r} is not supported",
-                remedy="auto, float32, bfloat16 or float16",
-            )
-        parse_target(self.target)
-        if self.smoothing is not None and not 0 < self.smoothing <= 1:
-            raise OptionError(
-                f"smoothing must be above 0 and at most 1, not {self.smoothing}",
-                remedy="--smoothing 0.3, as published",
-            )
-
-    def _validate_experts(self) -> None:
+            self._check_least(name, 0)
+        self._check_least("refresh_every", 1)
+        self._check_least("expert_pool", 1)
+        self._check_choice("weights", ("inside", "external"))
+        self._check_choice("cache", CACHES)
+        self._check_choice("manager", MANAGERS)
+        self._check_choice("dtype", ("auto", "float32", "bfloat16", "float16"))
+        self._check_choice("moe_overflow", ("drop", "reroute"))
         if self.moe_capacity is not None and not 0 < self.moe_capacity < math.inf:
-            raise OptionError(
-                f"moe_capacity must be above 0, not {self.moe_capacity}", remedy="1.0 to 2.0"
-            )
-        if self.moe_overflow not in (None, "drop", "reroute"):
-            raise OptionError(
-                f"there is no moe_overflow {self.moe_overflow!r}", remedy="drop or reroute"
-            )
+            raise self._out_of_range("moe_capacity", "more than 0, such as 1.5")
         if self.moe_overflow is not None and self.moe_capacity is None:
-            raise OptionError(
-                "moe_overflow says what to do beyond a capacity, and there is none",
-                remedy="--moe-capacity 1.5",
-            )
-        if self.expert_pool is not None and self.expert_pool < 1:
-            raise OptionError(f"expert_pool must be at least 1, not {self.expert_pool}")
+            what = "what happens beyond a capacity is said, and there is no capacity"
+            raise OptionError(what, where="moe_overflow", remedy="--moe-capacity 1.5")
+        if self.smoothing is not None and not 0 < self.smoothing <= 1:
+            raise self._out_of_range("smoothing", "more than 0 and at most 1: 0.3 as published")
+        parse_target(self.target)
+
+    def _check_least(self, name: str, least: int) -> None:
+        number = getattr(self, name)
+        if number is not None and number < least:
+            raise self._out_of_range(name, f"{least} or more")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value is not None and value not in choices:
+            remedy = f"use one of {', '.join(choices)}"
+            raise OptionError(f"there is no {value!r}", where=name, remedy=remedy)
+
+    def _out_of_range(self, name: str, rule: str) -> OptionError:
+        what = f"{getattr(self, name)!r} is out of range"
+        return OptionError(what, where=name, remedy=f"use {rule}")
 
     def record(self) -> dict[str, object]:
         """As data for the manifest, without what only steers the compiler."""

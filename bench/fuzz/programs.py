@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from dcompile.codegen.cpu.lower import lower
-from dcompile.codegen.targets import parse_target
 from dcompile.driver.compile import compile_module
-from dcompile.driver.manifest import manifest_facts
 from dcompile.driver.origin import of_module as origin_of_module
 from dcompile.driver.origin import trace_origin
 from dcompile.driver.pipeline import run
@@ -63,21 +61,18 @@ def attempt(spec: Spec, native: bool = False, edits: Sequence[int] = ()) -> list
     try:
         origin = origin_of_module(model, options)
         settled = settle(options, origin.spec)
-        program = trace_origin(origin, settled, getattr(torch, settled.dtype), lambda _: None)
-        facts = manifest_facts(origin, settled, program)
+        program = trace_origin(origin, settled, lambda _: None)
     except DcompileError as error:
         return [_judged(error)]
     inputs = cases(program.shape, spec["vocab"] - 1, spec["seed"])
-    parameters = facts["policy"]["parameters"]
 
     def compiled(program: Program, wanted: list[Values] | None = None) -> tuple[str, str]:
-        stages = Stages(model, origin.read, parameters, inputs, wanted=wanted or [])
+        stages = Stages(model, origin.read, settled.parameters, inputs, wanted=wanted or [])
         try:
-            run(program, settled, stages)
+            run(program, settled.options, stages)
             if not native or wanted:
                 return "passed", f"{len(stages.passed)} stages"
-            target = parse_target(settled.target)
-            made = Compiled(origin, settled, target, program, lower(program), stages)
+            made = Compiled(origin, settled, program, lower(program), stages)
             with tempfile.TemporaryDirectory() as folder:
                 path = compile_module(model, options, Path(folder) / "m.dcx")
                 compare_layers(Runner.load(path, threads=1), made)
@@ -92,7 +87,7 @@ def attempt(spec: Spec, native: bool = False, edits: Sequence[int] = ()) -> list
     for other, number in zip(others, edits, strict=True):
         what = edit(other, number)
         try:
-            wanted = _wanted(other, inputs, Stages(model, origin.read, parameters, inputs))
+            wanted = _wanted(other, inputs, Stages(model, origin.read, settled.parameters, inputs))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             out.append(("refused", f"no program: {type(error).__name__}"))
             continue

@@ -100,9 +100,9 @@ def planned(family: str, target: str, length: int) -> CudaLowered:
     with tempfile.TemporaryDirectory() as folder:
         given = Options(target=target, max_length=length)
         origin = open_origin(write_holes(Path(folder, "checkpoint"), family), given)
-        options = settle(given, origin.spec)
-        program = trace_origin(origin, options, torch.bfloat16, lambda _: None)
-        run(program, options)
+        settled = settle(given, origin.spec)
+        program = trace_origin(origin, settled, lambda _: None)
+        run(program, settled.options)
         return lower(program, parse_target(target).architectures, gated=True)
 
 

@@ -99,7 +99,7 @@ def _advance(model: models.Model) -> list[str]:
 
 
 def _as_artifact(model: models.Model) -> Any:
-    return models._artifact(model.code, model.options)
+    return models._artifact(model.code, model.settled.options)
 
 
 def table(results: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dcompile.codegen.backends import Code, backend_of
 from dcompile.driver.origin import Origin, open_origin, trace_origin
 from dcompile.driver.pipeline import run
-from dcompile.driver.settle import settle
+from dcompile.driver.settle import Settled, settle
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
 from dcompile.options import Options
@@ -88,7 +88,7 @@ class Model:
 
     name: str
     origin: Origin
-    options: Options
+    settled: Settled
     program: Program
     code: Code
     executor: CudaExecutor
@@ -116,12 +116,12 @@ def build(
         options = replace(options, block_length=8 if machine.dry else 32, cache="dual")
     origin = open_origin(checkpoint, options)
     settled = settle(options, origin.spec)
-    program = trace_origin(origin, settled, torch.bfloat16, lambda _: None)
-    run(program, settled)
+    program = trace_origin(origin, settled, lambda _: None)
+    run(program, settled.options)
     code = backend_of(settled.target)(program)
     experts = int(make_config(family, torch.bfloat16, **sizes).get("num_experts", 0))
     tensors = draw(program, code.stored, machine.where, experts, touched)
-    artifact = _artifact(code, settled)
+    artifact = _artifact(code, settled.options)
     held = {n: t.data_ptr() for n, t in tensors.items()} if machine.where == "cuda" else None
     if held is None:
         artifact = _with_weights(artifact, tensors)
@@ -212,8 +212,7 @@ def _with_weights(artifact: Artifact, tensors: Mapping[str, Tensor]) -> Artifact
 
 def inputs(model: Model, batch: int, window: int, context: int) -> dict[str, Tensor]:
     """One iteration of `batch` sequences: the last `window` rows of each, the last block undecided."""
-    block = model.options.block_length
-    assert block is not None
+    block = model.settled.shape.block_length
     slots = torch.arange(batch)
     positions = torch.arange(context - window, context)
     at = torch.arange(context - block, context)
@@ -240,8 +239,7 @@ def inputs(model: Model, batch: int, window: int, context: int) -> dict[str, Ten
 def canvas(model: Model, batch: int, context: int) -> None:
     """Random tokens with an undecided block at the end, on the host and on the device."""
     held = model.executor.state["canvas"]
-    spec, block = model.origin.spec, model.options.block_length
-    assert block is not None
+    spec, block = model.origin.spec, model.settled.shape.block_length
     generator = torch.Generator().manual_seed(1)
     held[:batch, :context] = torch.randint(0, 100, (batch, context), generator=generator)
     held[:batch, context - block : context] = spec.mask_id

@@ -29,8 +29,8 @@ class Rival:
 
     def __init__(self, model: Model, batch: int, window: int, context: int) -> None:
         self.where = model.where
-        program = trace_origin(model.origin, model.options, torch.bfloat16, lambda _: None)
-        run(program, replace(model.options, skip=BY_HAND, check=False, stop_after=None))
+        program = trace_origin(model.origin, model.settled, lambda _: None)
+        run(program, replace(model.settled.options, skip=BY_HAND, stop_after=None))
         weights = [(i.name, i.name, "plain") for i in program.inputs if i.kind == "weight"]
         known = models.draw(program, weights, self.where, model.experts)
         known |= {name: tensor.to(self.where) for name, tensor in program.constants.items()}

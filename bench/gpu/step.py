@@ -133,7 +133,7 @@ def floor(
                 extra = shape[0] - model.experts  # shared ones, which every row runs
                 moved += elements * size * (touched + extra) / shape[0]
                 flops += 2 * rows * (config_top + extra) * elements / shape[0]
-            elif buffer.dtype != "f32" or model.options.dtype == "float32":
+            elif buffer.dtype != "f32" or model.settled.options.dtype == "float32":
                 moved += elements * size
                 chosen = batch * plan.sizes["n"] if launch.kernel.startswith("vocab") else rows
                 flops += 2 * chosen * elements

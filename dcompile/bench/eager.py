@@ -38,8 +38,8 @@ def eager_step(checkpoint: Path, options: Options) -> EagerStep:
     """The eager step of a checkpoint, with the block length, slots and maximum length of `options`."""
     origin = open_origin(checkpoint, options)
     settled = settle(options, origin.spec)
-    program = trace_origin(origin, settled, getattr(torch, settled.dtype), lambda _: None)
-    run(program, replace(settled, skip=BY_HAND, check=False, stop_after=None))
+    program = trace_origin(origin, settled, lambda _: None)
+    run(program, replace(settled.options, skip=BY_HAND, stop_after=None))
     return EagerStep(program, origin.read)
 
 

@@ -73,9 +73,9 @@ def _print_gain(
 ) -> None:
     checkpoint = open_checkpoint(MODEL)
     model, spec = checkpoint.reference(), checkpoint.spec
-    threshold = float(spec.defaults["threshold"])  # type: ignore[arg-type]
     prompts = _prompt_ids(chosen)
     start = time.perf_counter()
+    threshold = spec.defaults.parameters("threshold")["threshold"]
     plain = [
         plain_decode(model, spec, ids, GEN_LENGTH, BLOCK, threshold=threshold) for ids in prompts
     ]

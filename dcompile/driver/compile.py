@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dcompile.codegen.backends import Code, backend_of
 from dcompile.codegen.plan import stored_tensors
-from dcompile.decoding.rules import check_together
 from dcompile.driver.manifest import manifest_of
 from dcompile.driver.origin import Origin, Progress, of_module, open_origin, trace_origin
-from dcompile.driver.pipeline import Record, run
+from dcompile.driver.pipeline import Observer, run
+from dcompile.driver.record import Announcer, Record, Recorder
 from dcompile.driver.report import report
-from dcompile.driver.settle import check_block, combination, settle
+from dcompile.driver.settle import check_traced, settle
 from dcompile.ir.program import Program
 from dcompile.ir.show import show
 from dcompile.ir.stored import dump
@@ -74,23 +73,21 @@ def _compile_any(model: nn.Module | str | Path, options: Options, out: Path) -> 
 
 def _compile(origin: Origin, options: WatchedOptions, out: Path, progress: Progress) -> Path:
     options.validate()
-    options = settle(options, origin.spec)
-    torch_dtype = getattr(torch, options.dtype)
-    program = trace_origin(origin, options, torch_dtype, progress)
+    settled = settle(options, origin.spec)
+    program = trace_origin(origin, settled, progress)
     traced = show(program)
-    check = _checker(options)
-    records = run(program, options, check, progress)
-    check_block(program, options)
-    check_together(combination(options, program.shape.model_block, program.shape.shift))
+    recorder = Recorder()
+    run(program, settled.options, Announcer(progress), recorder, *_checker(options))
+    check_traced(settled, program)
     progress("lower and build kernels")
-    code = backend_of(options.target)(program)
+    code = backend_of(settled.target)(program)
     progress("write")
     with ArtifactWriter(out, external=options.weights == "external") as writer:
         writer.add_bytes("plan.json", _json(code.plan))
         writer.add_bytes("program.json", _json(dump(program, code.stored)))
-        for name, text in _texts(program, code, traced, records).items():
+        for name, text in _texts(program, code, traced, recorder.records).items():
             writer.add_bytes(name, text.encode())
-        manifest = {**manifest_of(origin, options, program), **code.manifest}
+        manifest = {**manifest_of(origin, settled, program), **code.manifest}
         notes = {"remarks": [vars(r) for r in program.remarks], "unread": options.unread}
         writer.add_bytes("remarks.json", _json(notes))
         for name, data in code.files.items():
@@ -102,12 +99,12 @@ def _compile(origin: Origin, options: WatchedOptions, out: Path, progress: Progr
     return out
 
 
-def _checker(options: Options):  # type: ignore[no-untyped-def]
+def _checker(options: Options) -> list[Observer]:
     if not options.check:
-        return None
+        return []
     from dcompile.driver.check import Checker
 
-    return Checker()
+    return [Checker()]
 
 
 def _json(value: object) -> bytes:

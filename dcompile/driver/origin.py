@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from dcompile.driver.settle import Settled
 from dcompile.errors import ConfigError
-from dcompile.frontends.base import ModelSpec
-from dcompile.ir.program import Program, StepShape
+from dcompile.frontends.base import Defaults, ModelSpec
+from dcompile.ir.program import Program
 from dcompile.ir.weights import Read, Recipe, Source
 from dcompile.options import Options
-from dcompile.policies import find_policy
 from dcompile.step.repeat_layers import Run, runs_of
 from dcompile.step.trace import Traced, fake_weights, trace
 
@@ -50,7 +51,7 @@ def open_origin(path: Path, options: Options) -> Origin:
     runs = runs_of(spec.layer_kinds)
 
     def build_traced() -> nn.Module:
-        return checkpoint.build([r.layers[0] for r in runs])
+        return checkpoint.build([r.layers[0] for r in runs]).eval()
 
     return Origin(
         spec,
@@ -83,7 +84,7 @@ def of_module(module: nn.Module, options: Options) -> Origin:
         shift=False,
         dtype=max(set(floating), key=floating.count) if floating else torch.float32,
         layer_kinds=(),
-        defaults={},
+        defaults=Defaults(),
     )
     recipes = {name: Source(name) for name in parameters}
     return Origin(
@@ -91,33 +92,21 @@ def of_module(module: nn.Module, options: Options) -> Origin:
     )
 
 
-def trace_origin(
-    origin: Origin, options: Options, dtype: torch.dtype, progress: Progress
-) -> Program:
+def trace_origin(origin: Origin, settled: Settled, progress: Progress) -> Program:
     """Trace with settled options; layers of one kind once, without their weights."""
     progress("trace")
-    spec = origin.spec
-    assert options.max_length is not None and options.block_length is not None and options.policy
-    shape = StepShape(
-        slots=options.batch,
-        positions=options.max_length,
-        block_length=options.block_length,
-        mask_id=spec.mask_id,
-        dtype=dtype,
-        shift=spec.shift,
-        blocks=_blocks(options),
+    wanted = Traced(
+        settled.shape,
+        settled.policy,
+        origin.recipes,
+        origin.runs,
+        pipelined=settled.combination.manager == "pipelined",
+        smoothing=settled.combination.smoothing,
     )
-    policy = find_policy(options.policy, options.score)
-    pipelined = options.manager == "pipelined"
-    smoothing = options.smoothing is not None
-    wanted = Traced(shape, policy, origin.recipes, origin.runs, pipelined, smoothing)
-    if not origin.runs:
+    with fake_weights() if origin.runs else nullcontext():
         module = origin.build()
-        return trace(module if dtype == spec.dtype else _in_dtype(module, dtype), wanted)
-    with fake_weights():
-        module = origin.build()
-        module.eval()
-        return trace(module if dtype == spec.dtype else _in_dtype(module, dtype), wanted)
+        dtype = settled.shape.dtype
+        return trace(module if dtype == origin.spec.dtype else _in_dtype(module, dtype), wanted)
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -137,11 +126,3 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         )
         remedy = f"convert it before, module.to(torch.{name}), or leave --dtype out"
         raise ConfigError(what, remedy=remedy) from error
-
-
-def _blocks(options: Options) -> int:
-    """How many blocks of a sequence may be undecided at a time: in a pipeline, all where unsaid."""
-    assert options.max_length is not None and options.block_length is not None
-    if options.manager != "pipelined":
-        return 1
-    return options.max_blocks or -(-options.max_length // options.block_length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from dcompile.codegen.backends import Code
-from dcompile.driver.pipeline import Record
+from dcompile.driver.record import Record
 from dcompile.ir.program import Program
 
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
+from dcompile.driver.origin import open_origin, trace_origin
 from dcompile.driver.pipeline import run
+from dcompile.driver.record import Recorder
+from dcompile.driver.settle import settle
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.explain.kernels import kernel_table
 from dcompile.ir.program import Remark
@@ -141,18 +143,17 @@ def _diff(artifact: Artifact, stages: list[str], at: int) -> str:
 def pass_times(path: str | Path, checkpoint: Path) -> str:
     """The passes run again over the checkpoint's graph, timed: an artifact holds no times, so that
     the same compile gives the same bytes."""
-    from dcompile.driver.origin import open_origin, trace_origin
-    from dcompile.driver.settle import settle
-
     recorded = open_artifact(Path(path), verify=False).manifest["options"]
     given = recorded_options(recorded, str(path))
     origin = open_origin(checkpoint, given)
-    options = settle(given, origin.spec)
+    settled = settle(given, origin.spec)
     start = time.perf_counter()
-    program = trace_origin(origin, options, getattr(torch, options.dtype), lambda text: None)
+    program = trace_origin(origin, settled, lambda text: None)
     lines = [f"{'pass':24}{'places':>6}{'nodes':>8}{'ms':>9}"]
     lines.append(f"{'trace':30}{len(program.nodes()):8}{(time.perf_counter() - start) * 1e3:9.1f}")
-    for r in run(program, options):
+    recorder = Recorder()
+    run(program, settled.options, recorder)
+    for r in recorder.records:
         lines.append(f"{r.name:24}{r.changed:6}{r.nodes_after:8}{r.seconds * 1e3:9.1f}")
     return "\n".join(lines) + "\n"
 

@@ -132,7 +132,8 @@ def _of_checkpoint(path: Path) -> Facts:
         raise CheckpointError(what, where=str(path), remedy=remedy)
     checkpoint = open_checkpoint(path)
     spec = checkpoint.spec
-    chosen = settle(Options(), spec)
+    settled = settle(Options(), spec)
+    combination, shape = settled.combination, settled.shape
     files = {f"tokenizer/{name}": data for name, data in checkpoint.tokenizer_files().items()}
     values, size = checkpoint.size()
     return {
@@ -149,12 +150,12 @@ def _of_checkpoint(path: Path) -> Facts:
             "attention_block": spec.block_length,
             "max_positions": spec.max_positions,
         },
-        "manager": chosen.manager,
-        "policy": {"name": chosen.policy},
-        "cache": _cache(chosen.cache),
-        "block_length": chosen.block_length,
-        "max_length": chosen.max_length,
-        "batch": chosen.batch,
+        "manager": combination.manager,
+        "policy": {"name": settled.policy.name, "parameters": dict(settled.parameters)},
+        "cache": _cache(combination.cache),
+        "block_length": shape.block_length,
+        "max_length": shape.positions,
+        "batch": shape.slots,
         **_texts(Tokenizer(_Files(tuple(files), lambda name: memoryview(files[name])))),
         "bytes": {"weights": size},
     }

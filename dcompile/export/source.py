@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dcompile.codegen.pack import packed_size, unpack_linear
 from dcompile.driver.manifest import manifest_facts
 from dcompile.driver.origin import open_origin, trace_origin
 from dcompile.driver.pipeline import run
+from dcompile.driver.record import Announcer
 from dcompile.driver.settle import settle
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.export.containers import is_artifact
@@ -115,9 +116,9 @@ def _unpacked(artifact: Artifact, item: StoredInput) -> Tensor:
 def _of_checkpoint(path: Path, options: Options, progress: Callable[[str], None]) -> Source:
     options.validate()
     origin = open_origin(path, options)
-    settled = replace(settle(options, origin.spec), check=False)
-    program = trace_origin(origin, settled, getattr(torch, settled.dtype), progress)
-    run(program, settled, progress=progress)
+    settled = settle(options, origin.spec)
+    program = trace_origin(origin, settled, progress)
+    run(program, settled.options, Announcer(progress))
 
     def read(item: StoredInput) -> Tensor:
         if item.kind == "constant":
@@ -126,7 +127,7 @@ def _of_checkpoint(path: Path, options: Options, progress: Callable[[str], None]
         return program.recipes[item.name].read(origin.read).to(wanted).contiguous()
 
     described = json.loads(json.dumps(manifest_facts(origin, settled, program)))
-    recorded = json.loads(json.dumps(settled.record()))
+    recorded = json.loads(json.dumps(settled.options.record()))
     text = json.loads(json.dumps(stored.dump(program)))
     return _source(
         stored.load(text, str(path)),

@@ -15,6 +15,23 @@ REPEATED = ("rope_theta", "partial_rotary_factor")  # newer configs have these i
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """How a family decodes where the user says nothing."""
+
+    block_length: int = 32
+    cache: str = "none"
+    policy: str = "threshold"
+    threshold: float | None = None  # as published; None leaves each policy its own
+    tuned_for: tuple[str, ...] = ("threshold",)  # the policies that `threshold` reaches, no other
+
+    def parameters(self, policy: str) -> dict[str, float]:
+        """What a policy's own defaults give way to."""
+        if self.threshold is None or policy not in self.tuned_for:
+            return {}
+        return {"threshold": self.threshold}
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The facts about a model that stages after the frontend read."""
 
@@ -27,7 +44,7 @@ class ModelSpec:
     shift: bool  # token i is predicted by the logits at i - 1
     dtype: torch.dtype  # of the checkpoint
     layer_kinds: tuple[str, ...]  # one a layer; layers of one kind have the same graph
-    defaults: Mapping[str, object]  # block_length, policy, cache, threshold
+    defaults: Defaults
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class Definition:
     vocab_size: int
     max_positions: int | None
     layer_kinds: tuple[str, ...]
-    defaults: Mapping[str, object]
+    defaults: Defaults
     build: Callable[[Sequence[int], torch.dtype], nn.Module]  # the named layers, in order
     rename: Callable[[str], str]  # a parameter's name -> the name of its checkpoint tensor
     num_experts: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from dcompile.frontends.base import Config, Definition, rope_theta, rotary_dim
+from dcompile.frontends.base import Config, Defaults, Definition, rope_theta, rotary_dim
 from dcompile.frontends.layers import (
     Attention,
     AttentionSizes,
@@ -13,7 +13,7 @@ from dcompile.frontends.layers import (
 )
 from dcompile.frontends.layout import Layout
 
-DEFAULTS = {"block_length": 32, "policy": "threshold", "cache": "dual", "threshold": 0.9}
+DEFAULTS = Defaults(block_length=32, cache="dual", threshold=0.9)
 ENDS = {
     "embed_tokens.weight": "model.transformer.wte.weight",
     "norm.weight": "model.transformer.ln_f.weight",

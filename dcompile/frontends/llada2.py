@@ -7,7 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dcompile.frontends.base import Config, Definition, block_length, rope_theta, rotary_dim
+from dcompile.frontends.base import (
+    Config,
+    Defaults,
+    Definition,
+    block_length,
+    rope_theta,
+    rotary_dim,
+)
 from dcompile.frontends.layers import (
     AttentionSizes,
     DecoderSizes,
@@ -74,12 +81,8 @@ def read(config: Config) -> Definition:
         vocab_size=decoder.vocab,
         max_positions=config.size("max_position_embeddings", 0) or None,
         layer_kinds=kinds,
-        defaults={
-            "block_length": length,
-            "policy": "threshold",
-            "cache": "block",
-            "threshold": 0.95,
-        },
+        # Its report decodes with `dynamic` by the same threshold.
+        defaults=Defaults(length, "block", threshold=0.95, tuned_for=("threshold", "dynamic")),
         build=layout.build,
         rename=rename,
         num_experts=moe.experts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from dcompile.frontends.base import Config, Definition, rope_theta, rotary_dim
+from dcompile.frontends.base import Config, Defaults, Definition, rope_theta, rotary_dim
 from dcompile.frontends.layers import (
     Attention,
     DecoderSizes,
@@ -15,7 +15,7 @@ from dcompile.frontends.layers import (
 )
 from dcompile.frontends.layout import Layout, attention_sizes, divided_head, in_model
 
-DEFAULTS = {"block_length": 64, "policy": "threshold", "cache": "dual", "threshold": 0.8}
+DEFAULTS = Defaults(block_length=64, cache="dual", threshold=0.8)
 
 
 def read(config: Config) -> Definition:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from dcompile.frontends.base import Config, Definition, block_length, rope_theta, rotary_dim
+from dcompile.frontends.base import (
+    Config,
+    Defaults,
+    Definition,
+    block_length,
+    rope_theta,
+    rotary_dim,
+)
 from dcompile.frontends.layers import (
     Attention,
     DecoderSizes,
@@ -55,12 +62,8 @@ def define(config: Config, family: str, moe: MoESizes | None) -> Definition:
         vocab_size=layout.decoder.vocab,
         max_positions=config.size("max_position_embeddings", 0) or None,
         layer_kinds=kinds,
-        defaults={
-            "block_length": length,
-            "policy": "threshold",
-            "cache": "block",
-            "threshold": 0.85,
-        },
+        # Its report decodes with `dynamic` by the same threshold.
+        defaults=Defaults(length, "block", threshold=0.85, tuned_for=("threshold", "dynamic")),
         build=layout.build,
         rename=in_model,
         num_experts=moe.experts if moe else 0,

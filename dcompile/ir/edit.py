@@ -16,8 +16,9 @@ from dcompile.ir.program import Input, Kind, Program
 from dcompile.ir.weights import Recipe
 
 
-def value(node: Node) -> torch.Tensor:
-    """The fake tensor that stands for the node's value."""
+def value(node: object) -> torch.Tensor:
+    """The fake tensor that stands for the value of a node, such as an argument of a call."""
+    assert isinstance(node, Node), f"{node!r} is no value of the step"
     val = node.meta["val"]
     assert isinstance(val, torch.Tensor), f"{node.name} is not a tensor"
     return val

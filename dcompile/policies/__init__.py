@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-import traceback
 from pathlib import Path
 
 from dcompile.errors import OptionError
-from dcompile.policies.base import Asked, Choice, Decision, Policy, State
+from dcompile.policies.base import Asked, Choice, Decision, Policy, State, blame
 from dcompile.policies.steps import steps
 
 __all__ = ["Asked", "Choice", "Decision", "Policy", "State", "find_policy", "policy_names"]
@@ -46,15 +45,6 @@ def find_policy(name: str, score: str | None = None) -> Policy:
     return policy
 
 
-def _line_of(path: Path, error: Exception) -> str:
-    """The last line of the file that an error came through."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if Path(f.filename) == path.absolute()]
-    return f"{path}:{lines[-1]}" if lines else str(path)
-
-
 def _from_file(path: Path, attribute: str) -> Policy:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
@@ -62,9 +52,10 @@ def _from_file(path: Path, attribute: str) -> Policy:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a stranger's file may raise anything
-        what = f"the policy's file cannot be loaded: {type(error).__name__}: {error}"
-        raise OptionError(what, where=_line_of(path, error), remedy="run it with python") from error
+    except SyntaxError as error:
+        raise blame(attribute, (str(path), error.lineno or 1), error) from error
+    except Exception as error:
+        raise blame(attribute, (str(path), 1), error) from error
     found = vars(module).get(attribute)
     if isinstance(found, Policy):
         return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from dcompile.errors import PolicyError
 
 NEVER = float("-inf")
 
@@ -93,6 +96,24 @@ class Policy:
     asks: Asks | None = None  # (current ids [B, n], state) -> tokens [B, n, S] to be told about
     edits: bool = False  # sees filled positions as well, and may change them
     canvas: bool = False  # made for all generated positions at once, not for a block
+
+
+def blame(name: str, place: tuple[str, int], error: Exception) -> PolicyError:
+    """The error of a policy that raised one, at the last line in its own file that led there.
+
+    `place` is the file and the line that stands for all of it.
+    """
+    file, line = place
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == file and frame.lineno is not None:
+            line = frame.lineno
+    kind, said = type(error).__name__, str(error).strip().partition("\n")[0]
+    remedy = "correct it there; docs/decoding.md says what a policy is given and returns"
+    if "DataDependent" in kind:
+        what, remedy = "decides by values that are not there yet", "select with masks (torch.where)"
+    else:
+        what = "raises " + (f"{kind}: {said}" if said else kind)
+    return PolicyError(f"policy {name!r} {what}", where=f"{file}:{line}", remedy=remedy)
 
 
 def rank(score: Tensor, position: Tensor) -> Tensor:

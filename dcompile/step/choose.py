@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcompile.errors import OptionError
 from dcompile.ir import noise, ops
-from dcompile.policies.base import Asked, Choice, Decision, Policy, first_best
+from dcompile.policies.base import Asked, Choice, Policy, first_best
+from dcompile.step.ask_policy import asked_tokens, decide
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,7 @@ def write_tokens(
 ) -> Written:
     """Choose, let the policy decide, guarantee progress.  logits [B, n, V] at the blocks' positions."""
     choice = _choose(policy, mask_id, logits, blocks, state)
-    decision = policy.commit(choice, parameters)
-    if isinstance(decision, Tensor):
-        decision = Decision(decision)
-    if set(decision.state) != set(policy.state):
-        raise OptionError(
-            f"policy {policy.name!r} returns the state {sorted(decision.state)}, "
-            f"but declares {sorted(policy.state)}",
-            remedy="return Decision(..., state={...}) with each declared name",
-        )
+    decision = decide(policy, choice, parameters)
     candidate = choice.candidate
     live = candidate | choice.filled if policy.edits else candidate
     commit = _progress(decision.commit & live, choice, parameters, blocks.full)
@@ -90,7 +82,7 @@ def _choose(
     if policy.asks is None:
         found = ops.choose(logits, live, *clock, mask_id)
     else:
-        tokens = policy.asks(at.current, state)
+        tokens = asked_tokens(policy, policy.asks, at.current, state)
         *found, score, probability, scores = ops.choose_asked(logits, live, *clock, tokens, mask_id)
         asked = Asked(tokens, probability, scores, score)
     token, confidence, margin, entropy = found

@@ -22,6 +22,7 @@ from dcompile.ir.meta import KEY, Facts
 from dcompile.ir.program import Input, Output, Program, StepShape
 from dcompile.ir.weights import Recipe
 from dcompile.policies import Policy
+from dcompile.step.ask_policy import fixes_batch
 from dcompile.step.choose import Blocks, write_tokens
 from dcompile.step.expert_loops import traceable
 from dcompile.step.repeat_layers import Run, repeat_layers
@@ -162,7 +163,7 @@ def trace(model: nn.Module, wanted: Traced) -> Program:
     """Export one iteration of `model` as a TRACED program.
 
     The model, in eval mode, sees one sequence of symbolic length R.  Raises UnsupportedModel (or a class of it)
-    where export fails, with export's own reason in one line.
+    where export fails, with export's own reason in one line, PolicyError where the policy is to blame.
     """
     table = embeddings(model, wanted.shape.mask_id) if wanted.smoothing else None
     step = Step(model, wanted.shape.mask_id, wanted.policy, table)
@@ -178,7 +179,7 @@ def trace(model: nn.Module, wanted: Traced) -> Program:
     except DcompileError:
         raise
     except Exception as failure:
-        raise _explain(failure) from failure
+        raise _explain(failure, wanted.policy) from failure
     program = _program(exported, wanted, list(states))
     if wanted.runs:
         repeat_layers(program, wanted.runs)
@@ -219,7 +220,10 @@ def _dynamic(wanted: Traced, states: Mapping[str, Tensor]) -> tuple[object, ...]
     return (None, rows, rows, *([batch] * 8), parameters, extras, by_row, state)
 
 
-def _explain(failure: Exception) -> DcompileError:
+MODEL_INPUTS = {"row_seq", "row_pos"}
+
+
+def _explain(failure: Exception, policy: Policy) -> DcompileError:
     text = str(failure)
     first = next((line for line in text.splitlines() if line.strip()), type(failure).__name__)
     kind = type(failure).__name__
@@ -231,6 +235,9 @@ def _explain(failure: Exception) -> DcompileError:
             remedy="select with masks (torch.where) instead of data-dependent shapes or branches",
         )
     if "specialized" in text.lower() or "Constraints violated" in text:
+        named = set(re.findall(r"L\['(\w+)'\]", text))
+        if named and not named & MODEL_INPUTS:
+            return fixes_batch(policy)
         return UnsupportedModel(
             f"the model fixes its sequence length: {first}",
             remedy="take the length from ids.shape[1] everywhere",

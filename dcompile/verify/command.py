@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,11 @@ from dcompile.codegen.backends import lower_cuda
 from dcompile.codegen.cpu.lower import Lowered, lower
 from dcompile.codegen.launches import Launch, Value
 from dcompile.codegen.plan import stored_tensors
-from dcompile.codegen.targets import Target, parse_target
-from dcompile.driver.manifest import manifest_facts
+from dcompile.driver.manifest import manifest_facts, vocabulary
 from dcompile.driver.origin import Origin, Progress, open_origin, trace_origin
-from dcompile.driver.pipeline import run
-from dcompile.driver.settle import settle
+from dcompile.driver.pipeline import Observer, run
+from dcompile.driver.record import Announcer
+from dcompile.driver.settle import Settled, settle
 from dcompile.errors import DeviceError, VerificationError, WrongArchitecture
 from dcompile.ir.program import Program
 from dcompile.ir.stored import dump
@@ -51,8 +51,7 @@ class Compiled:
     """A checkpoint compiled again as an artifact says that it was, up to the native code."""
 
     origin: Origin
-    options: Options
-    target: Target
+    settled: Settled
     program: Program
     lowered: Lowered | CudaLowered
     stages: Stages | None
@@ -85,7 +84,7 @@ def verify(
     compare_plan(opened, made)
     if not isinstance(made.lowered, Lowered):
         progress("kernels")
-        lines.append(compare_kernels(opened, made.lowered, made.target))
+        lines.append(compare_kernels(opened, made.lowered, made.settled.target))
     if runner is not None:
         progress("layers")
         lines.append(compare_layers(runner, made))
@@ -117,21 +116,19 @@ def compile_again(
         options = options.changed(target=recorded["target"])
     options.validate()
     origin = open_origin(checkpoint, options)
-    settled = replace(settle(options, origin.spec), stop_after=None)
-    dtype = getattr(torch, settled.dtype)
-    program = trace_origin(origin, settled, dtype, lambda _: None)
+    settled = settle(options, origin.spec)
+    program = trace_origin(origin, settled, lambda _: None)
     stages = None
     if run_model:
         progress("reading the model")
-        model = _eager(checkpoint, origin, options).to(dtype)
-        facts = manifest_facts(origin, settled, program)
-        vocab = int(facts["model"]["vocab_size"])
-        inputs = cases(program.shape, vocab)
-        stages = Stages(model, origin.read, facts["policy"]["parameters"], inputs)
-    run(program, settled, stages, progress)
-    target = parse_target(settled.target)
+        model = _eager(checkpoint, origin, options).to(settled.shape.dtype)
+        inputs = cases(program.shape, vocabulary(origin, program))
+        stages = Stages(model, origin.read, settled.parameters, inputs)
+    observers: list[Observer] = [Announcer(progress), *([stages] if stages else [])]
+    run(program, settled.options, *observers)
+    target = settled.target
     made = lower(program) if target.kind == "cpu" else lower_cuda(program, target)
-    return Compiled(origin, settled, target, program, made, stages)
+    return Compiled(origin, settled, program, made, stages)
 
 
 def _eager(checkpoint: Path, origin: Origin, options: Options) -> nn.Module:
@@ -199,7 +196,7 @@ def compare_plan(artifact: Artifact, made: Compiled) -> None:
     if different := sorted(k for k in {*plan, *wanted} if plan.get(k) != wanted.get(k)):
         what = f"the plan's {different[0]} are not what this compiler makes"
         raise VerificationError(what, where=str(artifact.path), remedy=_AGAIN)
-    facts = manifest_facts(made.origin, made.options, made.program)
+    facts = manifest_facts(made.origin, made.settled, made.program)
     for part, values in facts.items():
         held = artifact.manifest.get(part)
         # What was added to an artifact later, such as a calibrated threshold, stands beside.

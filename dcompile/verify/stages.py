@@ -87,7 +87,7 @@ def step_inputs(
 
 @dataclass
 class Stages:
-    """A check for `pipeline.run`: raises VerificationError that names the first pass that departs.
+    """Observes: raises VerificationError that names the first pass that departs.
 
     `model` is the eager module in the program's dtype, `read` gives its tensors. An EXACT pass must keep
     the outputs' bits, any other the confidences within TOLERANCE of the eager module's, and its tokens where
@@ -104,10 +104,27 @@ class Stages:
     _before: list[Values] = field(default_factory=list)
     wanted: list[Values] = field(default_factory=list)
 
-    def __call__(self, program: Program, item: Pass | None) -> None:
-        name = "the trace" if item is None else name_of(item)
+    def before(self, program: Program, item: Pass) -> None:
         if not self.wanted:
             self.wanted = [self._eager(case, program.shape) for case in self.inputs]
+        if not self.passed:
+            self._before = self._compare(program, "the trace")
+
+    def after(self, program: Program, item: Pass, changed: int) -> None:
+        if not changed:
+            return
+        name = name_of(item)
+        after = self._compare(program, name)
+        if item.exactness is Exactness.EXACT:
+            for now, was in zip(after, self._before, strict=True):
+                for output in sorted(now.keys() & was.keys() - {"keys", "values"}):
+                    if not _same(now[output], was[output]):
+                        what = f"{name} is exact, but changed the step's output {output!r}"
+                        raise VerificationError(what, where=name, remedy=_REMEDY)
+        self._before = after
+
+    def _compare(self, program: Program, name: str) -> list[Values]:
+        """The outputs of a stage, which are the eager module's within what is allowed."""
         after = []
         for case, wanted in zip(self.inputs, self.wanted, strict=True):
             outputs = self._run(name, program, case)
@@ -116,14 +133,8 @@ class Stages:
             if program.stage is not Stage.TRACED:
                 again = self._run(name, program, case, outputs)
                 self._hold(f"{name} (rows of the block only)", again, wanted, program.shape)
-        if item is not None and item.exactness is Exactness.EXACT:
-            for now, was in zip(after, self._before, strict=True):
-                for output in sorted(now.keys() & was.keys() - {"keys", "values"}):
-                    if not _same(now[output], was[output]):
-                        what = f"{name} is exact, but changed the step's output {output!r}"
-                        raise VerificationError(what, where=name, remedy=_REMEDY)
-        self._before = after
         self.passed.append(name)
+        return after
 
     def _run(self, name: str, program: Program, case: Case, state: Values | None = None) -> Values:
         try:

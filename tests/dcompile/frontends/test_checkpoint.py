@@ -61,8 +61,12 @@ def test_spec(tmp_path: Path, family: str) -> None:
     assert (spec.dtype, spec.max_positions) == (torch.float32, 256)
     assert spec.shift == (family == "dream")
     assert spec.block_length == {"llada2": 32, "sdar": 4, "sdar_moe": 4}.get(family)
-    assert spec.defaults["cache"] == ("block" if spec.block_length else "dual")
-    assert set(spec.defaults) == {"block_length", "policy", "cache", "threshold"}
+    assert spec.defaults.cache == ("block" if spec.block_length else "dual")
+    tuned = {"threshold": spec.defaults.threshold}
+    assert spec.defaults.threshold and spec.defaults.parameters("threshold") == tuned
+    # Only the reports of block-diffusion models name `dynamic` too.
+    assert spec.defaults.parameters("dynamic") == (tuned if spec.block_length else {})
+    assert spec.defaults.parameters("factor") == {}
 
 
 def test_layer_kinds(tmp_path: Path) -> None:
