@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.meta import note
 from dcompile.ir.program import Exactness, Program
 
@@ -24,7 +24,7 @@ class FindRoles:
 
     def __call__(self, program: Program) -> int:
         roles: dict[Node, set[str]] = {}
-        for node in program.calls(ops.ATTEND):
+        for node in program.calls(operators.ATTEND):
             q, keys, values = node.args[:3]
             for role, start in (("q", q), ("k", _written(keys)), ("v", _written(values))):
                 _add(roles, _source(start), role)
@@ -37,7 +37,7 @@ class FindRoles:
                 _add(roles, _source(gates[0]), "gate")
                 _add(roles, _source(up), "up")
                 _add(roles, _reader(node), "down")
-        for node in program.calls(ops.CHOOSE):
+        for node in program.calls(operators.CHOOSE):
             _add(roles, _source(node.args[0]), "head")
         for node, names in roles.items():
             note(node, role="qkv" if names == {"q", "k", "v"} else min(names))
@@ -50,7 +50,9 @@ def _add(roles: dict[Node, set[str]], node: Node | None, role: str) -> None:
 
 
 def _written(cache: object) -> object:
-    return cache.args[1] if isinstance(cache, Node) and cache.target is ops.WRITE_ROWS else None
+    return (
+        cache.args[1] if isinstance(cache, Node) and cache.target is operators.WRITE_ROWS else None
+    )
 
 
 def _source(start: object) -> Node | None:
@@ -65,7 +67,7 @@ def _source(start: object) -> Node | None:
         seen.add(node)
         if node.target is LINEAR:
             found.add(node)
-        elif node.target not in (ops.ATTEND, aten.embedding.default, aten.einsum.default):
+        elif node.target not in (operators.ATTEND, aten.embedding.default, aten.einsum.default):
             pending.extend(node.all_input_nodes)
     return found.pop() if len(found) == 1 and not pending else None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import bypass, insert, item, value
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Exactness, Program, Remark
@@ -32,7 +32,7 @@ class FuseAddRMSNorm:
         for norm in sites:
             add, _, weight, eps = (*norm.args, None, None)[:4]
             assert isinstance(add, Node)
-            fused = insert(program, add, ops.ADD_RMS_NORM, *add.args, weight, eps, like=norm)
+            fused = insert(program, add, operators.ADD_RMS_NORM, *add.args, weight, eps, like=norm)
             total, normed = item(program, add, fused, 0), item(program, add, fused, 1)
             bypass(program, norm, normed)
             bypass(program, add, total)

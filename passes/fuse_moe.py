@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import add_weight, bypass, fake_mode, insert, item, value
 from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program, Remark
@@ -164,7 +164,7 @@ def _may_combine(program: Program, node: Node, cone: dict[Node, None]) -> bool:
 
 def _rewrite(program: Program, root: Node, found: Mixture) -> None:
     router, experts = found.router, found.experts
-    routed = insert(program, root, ops.ROUTE, *_route_arguments(program, root, router))
+    routed = insert(program, root, operators.ROUTE, *_route_arguments(program, root, router))
     note(routed, role="route")
     weights, chosen = item(program, root, routed, 0), item(program, root, routed, 1)
     x = experts[0].x.node
@@ -175,7 +175,7 @@ def _rewrite(program: Program, root: Node, found: Mixture) -> None:
     out = insert(
         program,
         root,
-        ops.MOE_FFN,
+        operators.MOE_FFN,
         *(rows, weights, chosen, gate_up, down, *biases, experts[0].activation),
     )
     note(out, role="moe_ffn")

@@ -30,7 +30,7 @@ from math import prod
 import torch
 from torch.fx import Node
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import add_constant, bypass, insert, item, through, value
 from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program, Remark
@@ -48,7 +48,7 @@ class FuseNormRopeWrite:
 
     def __call__(self, program: Program) -> int:
         tables: dict[Node, Node] = {}
-        return sum(_fuse(program, node, tables) for node in list(program.calls(ops.ATTEND)))
+        return sum(_fuse(program, node, tables) for node in list(program.calls(operators.ATTEND)))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Head:
 def _fuse(program: Program, node: Node, tables: dict[Node, Node]) -> int:
     q, keys, values = node.args[:3]
     assert isinstance(q, Node) and isinstance(keys, Node) and isinstance(values, Node)
-    if keys.target is not ops.WRITE_ROWS:
+    if keys.target is not operators.WRITE_ROWS:
         return 0
     k, v = keys.args[1], values.args[1]
     qh, kh = _head(program, q), _head(program, k)
@@ -91,7 +91,7 @@ def _fuse(program: Program, node: Node, tables: dict[Node, Node]) -> int:
     fused = insert(
         program,
         node,
-        ops.NORM_ROPE_WRITE,
+        operators.NORM_ROPE_WRITE,
         *(rows, qh.norm, kh.norm, cos, sin, keys.args[2], keys.args[3]),
         *(keys.args[0], values.args[0], heads, qh.eps),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import replace, value
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Exactness, Program, Remark
@@ -35,7 +35,7 @@ class FuseSiluMul:
             gate = _gate(node)
             assert gate is not None
             (up,) = [a for a in node.args if a is not gate]
-            replace(program, node, ops.SILU_MUL, gate.args[0], up)
+            replace(program, node, operators.SILU_MUL, gate.args[0], up)
         return len(sites)
 
 

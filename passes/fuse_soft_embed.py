@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.errors import UnsupportedModel
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import insert, through, value
 from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program
@@ -23,7 +23,7 @@ class FuseSoftEmbed:
     exactness = Exactness.ROUNDING
 
     def __call__(self, program: Program) -> int:
-        return sum(_fuse(program, node) for node in program.calls(ops.SOFT_EMBED))
+        return sum(_fuse(program, node) for node in program.calls(operators.SOFT_EMBED))
 
 
 def _fuse(program: Program, node: Node) -> int:
@@ -38,7 +38,7 @@ def _fuse(program: Program, node: Node) -> int:
     assert isinstance(x, Node)
     rows = insert(program, node, aten.reshape.default, x, [-1, int(value(x).shape[-1])])
     fused = insert(
-        program, node, ops.VOCAB_SOFT_EMBED, rows, weight, bias, *node.args[1:], like=linear
+        program, node, operators.VOCAB_SOFT_EMBED, rows, weight, bias, *node.args[1:], like=linear
     )
     note(fused, role="head")
     node.replace_all_uses_with(fused)

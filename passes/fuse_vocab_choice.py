@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import insert, through, value
 from dcompile.ir.meta import facts, note
 from dcompile.ir.program import Exactness, Program, Remark
 
 aten = torch.ops.aten
-FUSED = {ops.CHOOSE: ops.VOCAB_CHOICE, ops.CHOOSE_ASKED: ops.VOCAB_CHOICE_ASKED}
+FUSED = {
+    operators.CHOOSE: operators.VOCAB_CHOICE,
+    operators.CHOOSE_ASKED: operators.VOCAB_CHOICE_ASKED,
+}
 
 
 @dataclass(frozen=True)

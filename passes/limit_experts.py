@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from dcompile.errors import OptionError
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import replace as put
 from dcompile.ir.edit import value
 from dcompile.ir.program import Exactness, Program
-from dcompile.ir.routing import ROUTE_LIMITED
 
 
 @dataclass(frozen=True)
 class LimitExperts:
-    """Capacity-aware inference and block expert pools, by the user's choice; see ir/routing.py.
+    """Capacity-aware inference and block expert pools, by the user's choice; see ir/operators/route_limited.py.
 
     Raises OptionError where the program has no router, or one that the limits do not fit.
     """
@@ -28,7 +27,7 @@ class LimitExperts:
     exactness = Exactness.APPROXIMATE
 
     def __call__(self, program: Program) -> int:
-        sites = list(program.calls(ops.ROUTE))
+        sites = list(program.calls(operators.ROUTE))
         if not sites:
             raise OptionError(
                 "the model has no mixture of experts whose tokens could be limited",
@@ -51,4 +50,4 @@ class LimitExperts:
         names = ("row_seq", "row_pos", "block_seq", "block_pos")
         places = [program.placeholder(name) for name in names]
         limits = (float(self.capacity or 0.0), self.overflow == "reroute", self.pool or 0)
-        put(program, node, ROUTE_LIMITED, logits, bias, *places, top_k, *how, *limits)
+        put(program, node, operators.ROUTE_LIMITED, logits, bias, *places, top_k, *how, *limits)

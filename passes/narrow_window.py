@@ -27,18 +27,17 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import insert, propagate, replace, value
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Exactness, Program, Remark
-from dcompile.ir.routing import ROUTE_LIMITED
 from dcompile.passes.positionwise import sequence_axes
 
 aten = torch.ops.aten
 
 
 # What they give a row depends on the other rows of its sequence.
-BARRIERS = {ops.NORM_ROPE_WRITE, ops.WRITE_ROWS, ROUTE_LIMITED}
+BARRIERS = {operators.NORM_ROPE_WRITE, operators.WRITE_ROWS, operators.ROUTE_LIMITED}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.errors import MixesPositions
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.evaluate import fixed_nodes
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Program
@@ -127,7 +127,7 @@ def _is_choice(node: Node) -> bool:
 
 
 # They say themselves what each row is: the mixture of its own logits, and where it is kept.
-ROW_BY_ROW = {ops.SOFT_EMBED, ops.WRITE_ROWS}
+ROW_BY_ROW = {operators.SOFT_EMBED, operators.WRITE_ROWS}
 
 
 def _mixes(program: Program, node: Node, fixed: set[Node]) -> str:
@@ -142,7 +142,7 @@ def _mixes(program: Program, node: Node, fixed: set[Node]) -> str:
         return _einsum(program, node)
     if target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
         return _matmul(program, node)
-    if target in (ops.ROUTE, ops.MOE_FFN):
+    if target in (operators.ROUTE, operators.MOE_FFN):
         # Both take and give rows along their first axis.
         return "" if all(_axis(program, a) == 0 for a in moving) else "it routes along another axis"
     if target is aten.reshape.default:

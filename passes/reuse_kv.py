@@ -23,7 +23,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.errors import UnsupportedModel
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import add_input, fake_mode, insert, replace, value
 from dcompile.ir.evaluate import evaluate, fixed_nodes
 from dcompile.ir.meta import facts
@@ -141,11 +141,11 @@ def _rewrite(program: Program, node: Node, index: int) -> None:
     for name, rows in (("keys", k), ("values", v)):
         cache = _cache(program, f"{name}_{index}", rows)
         flat = _rows(program, node, rows)
-        written = insert(program, node, ops.WRITE_ROWS, cache, flat, row_seq, row_pos)
+        written = insert(program, node, operators.WRITE_ROWS, cache, flat, row_seq, row_pos)
         _return_state(program, written, cache.name)
         caches.append(written)
     out = insert(
-        program, node, ops.ATTEND, _rows(program, node, q), *caches, row_seq, row_limit, scale
+        program, node, operators.ATTEND, _rows(program, node, q), *caches, row_seq, row_limit, scale
     )
     heads, size = (int(d) for d in (value(q).shape[1], value(v).shape[-1]))
     back = insert(program, node, aten.reshape.default, out, [1, -1, heads, size])

@@ -48,7 +48,8 @@ def command_names() -> set[str]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_test_is_called_as_what_it_tests(folder: str) -> None:
     """`test_MODULE[_WHAT].py` beside the module's path, or `test_FOLDER.py` for a folder's whole."""
-    modules = {path.stem for path in (ROOT / folder).glob("*.py")} | {Path(folder).name}
+    sources = [*(ROOT / folder).glob("*.py"), *(ROOT / folder).glob("*/__init__.py")]
+    modules = {path.parent.name if path.stem == "__init__" else path.stem for path in sources}
     if folder == COMMANDS:
         modules |= {*command_names(), "process", "help"}
     assert len(modules) > 1, f"{folder} has no sources"

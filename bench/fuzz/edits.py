@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dcompile.driver.pipeline import clean_up
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Program
 
@@ -57,7 +57,7 @@ def edit(program: Program, seed: int) -> str:
 
 def _is_models(node: Node) -> bool:
     held = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
-    return held and bool(facts(node).origin) and node.target is not ops.CHOOSE
+    return held and bool(facts(node).origin) and node.target is not operators.CHOOSE
 
 
 def _change(program: Program, node: Node, rng: random.Random) -> str:

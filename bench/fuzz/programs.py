@@ -18,7 +18,7 @@ from dcompile.driver.origin import trace_origin
 from dcompile.driver.pipeline import run
 from dcompile.driver.settle import settle
 from dcompile.errors import DcompileError, OptionError, UnsupportedModel, VerificationError
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.program import Program
 from dcompile.options import Options
 from dcompile.runtime.decode.loop import Runner
@@ -114,7 +114,7 @@ def _wanted(program: Program, inputs: Sequence[Case_], stages: Stages) -> list[V
     numbers is 0, or something else in another of its kernels.
     """
     out = []
-    (choose,) = program.calls(ops.CHOOSE)
+    (choose,) = program.calls(operators.CHOOSE)
     for case in inputs:
         recorded = Recorded(program)
         with torch.no_grad():

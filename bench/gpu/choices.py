@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dcompile.codegen.kernels import advance, gather, norms, route, route_limited, soft_embed
-from dcompile.ir import ops
-from dcompile.ir.routing import route_limited as limited
+from dcompile.ir import operators
+from dcompile.ir.operators.route_limited import route_limited as limited
 from gpu.rows import KINDS, Case, R, Tensors, normed
 
 B = {"B": 1}
@@ -80,7 +80,7 @@ def _routers(
         "route_grouped",
         route.launches(rows=R, dtype="f32", **how),
         {**results, "logits": normal(rows, e, of=torch.float32), "bias": bias},
-        lambda t: _named(ops.route(t["logits"].cpu(), t["bias"].cpu(), *grouped)),
+        lambda t: _named(operators.ROUTE(t["logits"].cpu(), t["bias"].cpu(), *grouped)),
     )
     # Small whole numbers: the product is exact, so no choice hangs on the order of its sum.
     x, w = whole(rows, d, below=3) - 1, whole(e, d, below=3) - 1
@@ -89,7 +89,7 @@ def _routers(
         route.product_launches(rows=R, hidden=d, dtype=dtype, **how),
         {**results, "x": x.to(KINDS[dtype]), "w": w.to(KINDS[dtype]), "bias": bias},
         lambda t: _named(
-            ops.route(
+            operators.ROUTE(
                 (t["x"].double() @ t["w"].double().T).to(t["x"].dtype).cpu(),
                 t["bias"].cpu(),
                 *grouped,

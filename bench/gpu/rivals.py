@@ -17,7 +17,7 @@ from torch import Tensor
 from dcompile.bench.eager import BODIES, BY_HAND
 from dcompile.driver.origin import trace_origin
 from dcompile.driver.pipeline import run
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
 from gpu import models
 from gpu.machine import Machine, spread
@@ -44,7 +44,11 @@ class Rival:
         extra = {i.name for i in program.inputs if i.kind == "step"} - set(given)
         assert not extra, extra
         known |= {name: tensor.to(self.where) for name, tensor in given.items()}
-        bodies = {**BODIES, ops.ATTEND: _attend(batch, window, context), ops.MOE_FFN: _moe_ffn}
+        bodies = {
+            **BODIES,
+            operators.ATTEND: _attend(batch, window, context),
+            operators.MOE_FFN: _moe_ffn,
+        }
         for node in program.graph.nodes:
             node.target = bodies.get(node.target, node.target)
             if "device" in node.kwargs:

@@ -122,7 +122,7 @@ class Case:
 def look(case: Case, runner: Runner) -> tuple[list[np.ndarray], list[int], int]:
     """Experts chosen [rows, k] by iteration and layer; the layers; how many experts there are."""
     plan = runner.executor.plan
-    found = {i: chosen_experts(plan.text, launch) for i, launch in enumerate(plan.text["launches"])}
+    found = {i: chosen_experts(launch) for i, launch in enumerate(plan.text["launches"])}
     probes = {i: buffer for i, buffer in found.items() if buffer is not None}
     first = plan.text["launches"][min(probes)]["args"][2]["b"]
     experts = int(plan.text["buffers"][first]["shape"][-1])

@@ -26,9 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dcompile.codegen.cpu import build
-from dcompile.cost.launches import Call, Facts, Work, costs, routers
+from dcompile.cost.call import Call, Facts
+from dcompile.cost.launches import costs, routers
 from dcompile.cost.machine import Machine, measure
 from dcompile.driver.compile import compile_checkpoint
+from dcompile.ir.work import Work
 from dcompile.options import Options
 from dcompile.profile import profile_artifact
 from dcompile.profile.collect import Capture

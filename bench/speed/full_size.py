@@ -74,7 +74,9 @@ def compile_part(checkpoint: Path, artifact: Path) -> dict[str, float]:
 
 def run_part(artifact: Path, threads: int) -> dict[str, float]:
     from dcompile.bench.command import prepare, step_inputs
-    from dcompile.cost.machine import measure, step_cost, touched_experts
+    from dcompile.cost.launches import costs
+    from dcompile.cost.looking import step_facts
+    from dcompile.cost.machine import measure
     from dcompile.runtime.decode.loop import Runner
 
     start = time.perf_counter()
@@ -100,9 +102,8 @@ def run_part(artifact: Path, threads: int) -> dict[str, float]:
         runner.executor.step(inputs)
         samples.append((time.perf_counter() - start) * 1e3)
     machine = measure(torch.bfloat16, threads)
-    touched = touched_experts(runner.executor, runner.executor.fill(inputs))
-    costs = step_cost(plan.text, BLOCK, 1, BLOCK, CONTEXT, touched)
-    floor = sum(c.seconds(machine) for c in costs) * 1e3
+    facts = step_facts(runner.executor, plan.text, runner.executor.fill(inputs))
+    floor = sum(w.seconds(machine) for w in costs(plan.text, facts) if w.streamed) * 1e3
     forward = statistics.median(samples)
     return {
         "load_s": load,

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -76,6 +77,22 @@ def library_sources() -> dict[str, str]:
     """Return the kernel library's sources by file name."""
     files = resources.files("dcompile.codegen.cpu").iterdir()
     return {f.name: f.read_text() for f in files if f.name.endswith((".cpp", ".h"))}
+
+
+def library_abi() -> str:
+    """Return what the kernel library says of its kernels, as its code exports it."""
+    source = resources.files("dcompile.codegen.cpu").joinpath("abi_table.h").read_text()
+    source = re.sub(r"//[^\n]*", "", source.replace("\\\n", ""))
+    start = source.index("(T)") + len("(T)")
+    of_type, _, rest = source[start:].partition("DC_EXPORT")
+    texts = [_literals(of_type, t) for t in ("f32", "bf16", "f16")]
+    return "".join([*texts, _literals(rest)])
+
+
+def _literals(source: str, dtype: str = "") -> str:
+    """The string literals of a macro's body one after the other, its T replaced."""
+    found = re.findall(r'"([^"]*)"|(#T)', source)
+    return "".join(dtype if name else text for text, name in found).replace("\\n", "\n")
 
 
 def library_headers() -> dict[str, str]:

@@ -18,7 +18,7 @@ from dcompile.codegen.cpu.pointwise import (
     op_name,
 )
 from dcompile.codegen.launches import RESHAPE, Argument, Int, Launch, Value, base
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
 from dcompile.ir.show import SHORT, show_node
@@ -55,7 +55,7 @@ def can_emit(node: Node) -> bool:
     if target is aten.index_put.default:
         accumulate = len(node.args) > 3 and node.args[3]
         return not accumulate and _is_state(node.args[0])
-    if target is ops.WRITE_ROWS:
+    if target is operators.WRITE_ROWS:
         return _is_state(node.args[0])
     if target in REMAPS:
         return target is not aten.slice.Tensor or len(node.args) == 4
@@ -118,7 +118,7 @@ class _Emitter:
     def _is_stored(self, node: Node, needed: set[Node]) -> bool:
         if node in needed or node.target in REDUCE:
             return True
-        if node.target in (aten.index_put.default, ops.WRITE_ROWS, aten.index.Tensor):
+        if node.target in (aten.index_put.default, operators.WRITE_ROWS, aten.index.Tensor):
             return True
         readers = [u for u in _readers(node) if u in self.inside]
         return len(readers) > 1 and node.target not in REMAPS
@@ -129,7 +129,7 @@ class _Emitter:
             if node not in self.stored:
                 continue
             self.lines.append(f"  // {show_node(node, self.program)}")
-            if node.target in (aten.index_put.default, ops.WRITE_ROWS):
+            if node.target in (aten.index_put.default, operators.WRITE_ROWS):
                 updates.append(self._scatter(node))
             elif node.target in REDUCE:
                 self._reduce(node)
@@ -138,7 +138,9 @@ class _Emitter:
         writes = [
             n for n in self.nodes if n in self.stored and n in self.buffers and n not in updates
         ]
-        writes = [n for n in writes if n.target not in (aten.index_put.default, ops.WRITE_ROWS)]
+        writes = [
+            n for n in writes if n.target not in (aten.index_put.default, operators.WRITE_ROWS)
+        ]
         pointers = [
             f"  auto *const b{i} = ({CTYPE[value(n).dtype]} *)a[{i}].p;"
             for n, i in self.buffers.items()
@@ -175,7 +177,7 @@ class _Emitter:
                 pairs = [(node.args[2], value(node.args[0]).shape[node.args[1]])]
             elif node.target in (aten.index.Tensor, aten.index_put.default):
                 pairs = list(zip(node.args[1], value(node.args[0]).shape, strict=False))
-            elif node.target is ops.WRITE_ROWS:
+            elif node.target is operators.WRITE_ROWS:
                 pairs = list(zip(node.args[2:], value(node.args[0]).shape, strict=False))
             else:
                 continue
@@ -241,7 +243,7 @@ class _Emitter:
 
     def _scatter(self, node: Node) -> Node:
         """cache[row_seq, row_pos] = rows, in place; the state that it changes."""
-        if node.target is ops.WRITE_ROWS:
+        if node.target is operators.WRITE_ROWS:
             state, rows, *indices = node.args
         else:
             state, indices, rows = node.args[:3]  # type: ignore[assignment]

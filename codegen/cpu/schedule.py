@@ -8,12 +8,13 @@ import torch
 from torch.fx import Node
 
 from dcompile.codegen.cpu.emit import Group, can_emit, emit_group
-from dcompile.codegen.cpu.select import select
+from dcompile.codegen.cpu.select import TABLE, WITHOUT_KERNEL, select
 from dcompile.codegen.launches import Launch, Schedule, base, strided
+from dcompile.codegen.refusals import no_kernel
 from dcompile.errors import UnsupportedModel
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.program import Program
-from dcompile.ir.show import show_node, target_name
+from dcompile.ir.show import target_name
 
 aten = torch.ops.aten
 VIEWS = (aten.reshape.default, operator.getitem)
@@ -59,7 +60,7 @@ class _Scheduler:
         for node in self.program.calls(aten.slice.Tensor):
             readers = list(node.users)
             if strided(node)[0] is not node and all(
-                u.target is ops.SILU_MUL and u in self.library for u in readers
+                u.target is operators.SILU_MUL and u in self.library for u in readers
             ):
                 out.add(node)
         return out
@@ -67,7 +68,7 @@ class _Scheduler:
     def _library(self, node: Node) -> None:
         launch = self.library[node]
         self.out.launches.append(launch)
-        if node.target is ops.NORM_ROPE_WRITE:
+        if node.target is operators.NORM_ROPE_WRITE:
             for user in node.users:
                 if user.args[1] in (1, 2):
                     self.out.aliases[user] = launch.updates[user.args[1] - 1]  # type: ignore
@@ -75,10 +76,8 @@ class _Scheduler:
     def _aten(self, node: Node) -> Launch:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-            raise UnsupportedModel(
-                f"{target_name(node)} has no kernel for these types",
-                where=show_node(node, self.program),
-            )
+            remedy = WITHOUT_KERNEL.get(target)
+            raise no_kernel(self.program, node, "CPU", target in TABLE, remedy)
         several = isinstance(node.meta["val"], (tuple, list))
         writes = sorted(node.users, key=lambda u: u.args[1]) if several else [node]  # type: ignore
         return Launch("aten", f"aten.{target_name(node)}", node, [], writes, covers=[node])
@@ -104,7 +103,7 @@ class _Scheduler:
         else:
             launch.kernel = known
         for node in group.nodes:
-            if node.target in (aten.index_put.default, ops.WRITE_ROWS):
+            if node.target in (aten.index_put.default, operators.WRITE_ROWS):
                 state = node.args[0]
                 assert isinstance(state, Node)
                 self.out.aliases[node] = state

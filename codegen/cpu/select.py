@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.fx import Node
@@ -18,10 +18,9 @@ from dcompile.codegen.launches import (
     strided,
     unread_output,
 )
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
-from dcompile.ir.routing import ROUTE_LIMITED
 from dcompile.ir.sizes import Size, elements, shape_of
 
 aten = torch.ops.aten
@@ -167,7 +166,12 @@ def _route(program: Program, node: Node) -> Launch | None:
         return None
     weights, experts = all_outputs(program, node, 2)
     args: list[Argument] = [Value(weights), Value(experts), Value(logits), optional(bias)]
-    args += [rows_of(program, logits), last(logits), Int(top_k), Int(ops.SCORES.index(str(score)))]
+    args += [
+        rows_of(program, logits),
+        last(logits),
+        Int(top_k),
+        Int(operators.SCORES.index(str(score))),
+    ]
     args += [Int(int(groups)), Int(int(kept)), Int(int(bool(renormalize))), Float(scale)]  # type: ignore[call-overload]
     return _native("route", node, args, [weights, experts])
 
@@ -183,7 +187,7 @@ def _route_limited(program: Program, node: Node) -> Launch | None:
     args: list[Argument] = [Value(weights), Value(experts), Value(logits), optional(bias)]
     args += [optional(place) for place in places]
     args += [rows_of(program, logits), rows_of(program, places[2], 0), last(logits)]  # type: ignore[arg-type]
-    args += [Int(top_k), Int(ops.SCORES.index(str(score)))]
+    args += [Int(top_k), Int(operators.SCORES.index(str(score)))]
     args += [Int(int(groups)), Int(int(kept)), Int(int(bool(renormalize))), Float(scale)]  # type: ignore[call-overload]
     args += [Float(capacity), Int(int(bool(reroute))), Int(int(pool)), last(places[3])]  # type: ignore
     return _native("route_limited", node, args, [weights, experts])
@@ -200,7 +204,7 @@ def _moe_ffn(program: Program, node: Node) -> Launch | None:
     args += [Value(gate_up, layout="experts"), Value(down, layout="experts")]
     args += [optional(gate_up_bias), optional(down_bias)]
     args += [rows_of(program, x), last(x), last(down), Int(int(value(down).shape[0]))]
-    args += [last(weights), Int(ops.ACTIVATIONS.index(activation))]
+    args += [last(weights), Int(tuple(operators.ACTIVATIONS).index(activation))]
     return _native(f"moe_ffn_{end}", node, args, [node])
 
 
@@ -263,14 +267,22 @@ TABLE: dict[object, Selector] = {
     aten.linear.default: _linear,
     aten.index_select.default: _gather,
     aten.index.Tensor: _gather,
-    ops.ADD_RMS_NORM: _add_rms_norm,
-    ops.SILU_MUL: _silu_mul,
-    ops.NORM_ROPE_WRITE: _norm_rope_write,
-    ops.ATTEND: _attend,
-    ops.ROUTE: _route,
-    ROUTE_LIMITED: _route_limited,
-    ops.MOE_FFN: _moe_ffn,
-    ops.VOCAB_SOFT_EMBED: _vocab_soft_embed,
-    ops.VOCAB_CHOICE: _vocab_choice,
-    ops.VOCAB_CHOICE_ASKED: _vocab_choice,
+    operators.ADD_RMS_NORM: _add_rms_norm,
+    operators.SILU_MUL: _silu_mul,
+    operators.NORM_ROPE_WRITE: _norm_rope_write,
+    operators.ATTEND: _attend,
+    operators.ROUTE: _route,
+    operators.ROUTE_LIMITED: _route_limited,
+    operators.MOE_FFN: _moe_ffn,
+    operators.VOCAB_SOFT_EMBED: _vocab_soft_embed,
+    operators.VOCAB_CHOICE: _vocab_choice,
+    operators.VOCAB_CHOICE_ASKED: _vocab_choice,
+}
+_LOGITS = "a kernel computes it together with the linear layer whose output the logits must be"
+# How each of the others is computed.
+WITHOUT_KERNEL: Mapping[object, str] = {
+    operators.WRITE_ROWS: "it is printed where it writes into a state of the step",
+    operators.CHOOSE: f"{_LOGITS}: vocab_choice, of fuse_vocab_choice",
+    operators.CHOOSE_ASKED: f"{_LOGITS}: vocab_choice_asked, of fuse_vocab_choice",
+    operators.SOFT_EMBED: f"{_LOGITS}: vocab_soft_embed, of fuse_soft_embed",
 }

@@ -35,7 +35,7 @@ from dcompile.codegen.cuda.tiles import (
     tile_of,
 )
 from dcompile.codegen.triton.assemble import power_of_two
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
 from dcompile.ir.show import show_node
@@ -53,7 +53,7 @@ REDUCE = {
     aten.all.dim: ("1", "tl.minimum({0}, {1})", "tl.min({0}, {1})"),
 }
 EXTREME = {aten.amax.default: "maximum", aten.amin.default: "minimum"}
-SCATTERS = (aten.index_put.default, ops.WRITE_ROWS)
+SCATTERS = (aten.index_put.default, operators.WRITE_ROWS)
 GATHERS = (
     aten.index.Tensor,
     aten.index_select.default,
@@ -112,7 +112,7 @@ def lead_of(node: Node, program: Program) -> Size:
 def work_shape(node: Node, program: Program) -> list[Size]:
     """The shape over which a node's group is laid out: its own, or that of what it writes."""
     if node.target in SCATTERS:
-        rows = node.args[1] if node.target is ops.WRITE_ROWS else node.args[2]
+        rows = node.args[1] if node.target is operators.WRITE_ROWS else node.args[2]
         return shape_of(value(rows), program.symbols)
     if node.target in SORTS:
         return shape_of(value(node.args[0]), program.symbols)
@@ -571,7 +571,7 @@ class _Emitter:
 
     def _scatter(self, node: Node) -> None:
         """cache[row_seq, row_pos] = rows, in place."""
-        if node.target is ops.WRITE_ROWS:
+        if node.target is operators.WRITE_ROWS:
             state, rows, *indices = node.args
         else:
             state, indices, rows = node.args[:3]

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from dcompile.codegen.cuda.tiles import TYPES, Text, join, kind_of, literal
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
 
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ def op_name(node: Node) -> str:
 
 def is_pointwise(node: Node) -> bool:
     """Whether `element` can print the node."""
-    if node.target is ops.SILU_MUL:
+    if node.target is operators.SILU_MUL:
         return True
     name = op_name(node)
     if not name or not isinstance(node.meta.get("val"), torch.Tensor):
@@ -119,7 +119,7 @@ def element(node: Node, read: object) -> Text:
     arg, args, name = Arguments(node, read), node.args, op_name(node)
     out = value(node).dtype
     kind = kind_of(out)
-    if node.target is ops.SILU_MUL:
+    if node.target is operators.SILU_MUL:
         gate, up = arg(args[0], "float"), arg(args[1], "float")
         return _rounded(Text(f"(silu({gate.text}) * {up.text})", kind, join(gate, up)), out)
     if name == "_to_copy":

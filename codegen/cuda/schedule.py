@@ -14,9 +14,10 @@ from dcompile.codegen.cuda.decompose import decompose
 from dcompile.codegen.cuda.emit import SCATTERS, Emitted, Split, can_emit, emit, lead_of
 from dcompile.codegen.cuda.pointwise import op_name
 from dcompile.codegen.cuda.ranking import SORTS
-from dcompile.codegen.cuda.select import EMITTED, Families, Site, code_of
+from dcompile.codegen.cuda.select import EMITTED, TABLE, WITHOUT_KERNEL, Families, Site, code_of
 from dcompile.codegen.cuda.tiles import TYPES
 from dcompile.codegen.launches import Argument, Float, Int, Launch, Schedule, Scratch, Value
+from dcompile.codegen.refusals import no_kernel
 from dcompile.codegen.triton.variant import (
     Expression,
     Number,
@@ -28,7 +29,7 @@ from dcompile.codegen.triton.variant import (
     unaligned,
 )
 from dcompile.errors import UnsupportedModel
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
 from dcompile.ir.program import Program
 from dcompile.ir.show import show_node, target_name
@@ -80,14 +81,16 @@ class _Scheduler:
             elif can_emit(node):
                 self._add(node)
             else:
-                raise UnsupportedModel(
-                    f"no CUDA kernel computes {target_name(node)}",
-                    where=show_node(node, self.program),
-                    remedy="--target cpu, which falls back to torch for it",
-                )
+                raise self._refusal(node)
         self._close(list(self.open))
         self._check_states()
         return self.out, self.printed
+
+    def _refusal(self, node: Node) -> UnsupportedModel:
+        remedy = WITHOUT_KERNEL.get(node.target)
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
+            remedy = "--target cpu, which falls back to torch for it"
+        return no_kernel(self.program, node, "CUDA", node.target in TABLE, remedy)
 
     def _is_view(self, node: Node) -> bool:
         if node.target is operator.getitem:
@@ -108,7 +111,7 @@ class _Scheduler:
         last = self.out.launches[-1]
         for state in site.updates:
             self.written[state] = last
-        if anchor.target is ops.NORM_ROPE_WRITE:
+        if anchor.target is operators.NORM_ROPE_WRITE:
             for user in anchor.users:
                 if user.args[1] in (1, 2):
                     self.out.aliases[user] = site.updates[user.args[1] - 1]

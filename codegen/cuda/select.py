@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,10 +26,9 @@ from dcompile.codegen.kernels import (
 from dcompile.codegen.launches import Value, all_outputs, strided
 from dcompile.codegen.triton.variant import Expression, Lowering
 from dcompile.errors import UnsupportedModel
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import add_weight, fake_mode, value
 from dcompile.ir.program import Program
-from dcompile.ir.routing import ROUTE_LIMITED
 from dcompile.ir.show import SHORT, show_node
 from dcompile.ir.sizes import elements, shape_of
 from dcompile.ir.weights import Stack
@@ -412,7 +411,7 @@ def _moe_ffn(f: Families, node: Node) -> Site | None:
     dtype = short(x, gate_up, down, gate_up_bias, down_bias)
     if dtype is None:
         return None
-    if activation not in ops.ACTIVATIONS:
+    if activation not in operators.ACTIVATIONS:
         raise f.refuse(node, f"the experts' activation is {activation!r}")
     count, hidden, width = (int(d) for d in value(down).shape)
     shared, out, along = 0, node, []
@@ -429,7 +428,7 @@ def _moe_ffn(f: Families, node: Node) -> Site | None:
         **{"top_k": int(value(weights).shape[-1]), "dtype": dtype, "arch": f.arch},
         **{"activation": activation, "gate_up_bias": gate_up_bias is not None},
         **{"down_bias": down_bias is not None, "shared": shared},
-        limited=any(True for _ in f.program.calls(ROUTE_LIMITED)),
+        limited=any(True for _ in f.program.calls(operators.ROUTE_LIMITED)),
     )
     named = operands(
         **{"y": out, "x": x, "weights": weights, "experts": experts, "gate_up": gate_up},
@@ -462,7 +461,7 @@ def _shared(node: Node) -> Shared | None:
     if second.target is not aten.linear.default or len(second.args) != 2:
         return None
     gated, between = behind(second.args[0])
-    if gated.target is not ops.SILU_MUL:
+    if gated.target is not operators.SILU_MUL:
         return None
     (g, g_at, _), (u, u_at, _) = strided(gated.args[0]), strided(gated.args[1])
     first, inside = behind(g)
@@ -521,10 +520,10 @@ def _vocab_choice(f: Families, node: Node) -> Site | None:
 
 
 FIRST = (
-    (ops.MOE_FFN,),
-    (ops.ROUTE,),
-    (ops.SILU_MUL,),
-    (ops.ATTEND, ops.ADD_RMS_NORM),
+    (operators.MOE_FFN,),
+    (operators.ROUTE,),
+    (operators.SILU_MUL,),
+    (operators.ATTEND, operators.ADD_RMS_NORM),
     (aten.embedding.default,),
 )
 Chooser = Callable[[Families, Node], Site | None]
@@ -534,14 +533,22 @@ TABLE: dict[object, Chooser] = {
     aten.linear.default: _linear,
     aten.index_select.default: _gather,
     aten.index.Tensor: _gather,
-    ops.ADD_RMS_NORM: _add_rms_norm,
-    ops.SILU_MUL: _silu_mul,
-    ops.NORM_ROPE_WRITE: _norm_rope_write,
-    ops.ATTEND: _attend,
-    ops.ROUTE: _route,
-    ROUTE_LIMITED: _route_limited,
-    ops.VOCAB_SOFT_EMBED: _soft_embed,
-    ops.MOE_FFN: _moe_ffn,
-    ops.VOCAB_CHOICE: _vocab_choice,
-    ops.VOCAB_CHOICE_ASKED: _vocab_choice,
+    operators.ADD_RMS_NORM: _add_rms_norm,
+    operators.SILU_MUL: _silu_mul,
+    operators.NORM_ROPE_WRITE: _norm_rope_write,
+    operators.ATTEND: _attend,
+    operators.ROUTE: _route,
+    operators.ROUTE_LIMITED: _route_limited,
+    operators.VOCAB_SOFT_EMBED: _soft_embed,
+    operators.MOE_FFN: _moe_ffn,
+    operators.VOCAB_CHOICE: _vocab_choice,
+    operators.VOCAB_CHOICE_ASKED: _vocab_choice,
+}
+_LOGITS = "a kernel computes it together with the linear layer whose output the logits must be"
+# How each of the others is computed.
+WITHOUT_KERNEL: Mapping[object, str] = {
+    operators.WRITE_ROWS: "it is printed where it writes into a state of the step",
+    operators.CHOOSE: f"{_LOGITS}: vocab_choice, of fuse_vocab_choice",
+    operators.CHOOSE_ASKED: f"{_LOGITS}: vocab_choice_asked, of fuse_vocab_choice",
+    operators.SOFT_EMBED: f"{_LOGITS}: vocab_soft_embed, of fuse_soft_embed",
 }

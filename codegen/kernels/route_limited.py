@@ -1,4 +1,4 @@
-"""`route` with limits (ir/routing.py): an expert takes so many rows, a block reads so many experts.
+"""`route` with limits, as ir/operators/ has it: an expert takes so many rows, a block reads so many experts.
 
 * `rank` (with a pool): every row's keys, by which it ranks the experts.
 * `choose_within`: with a pool (LLaDA2.2) the rows of one block of a sequence, counted from the block that it

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcompile.cost.machine import LaunchCost, Machine, measure, step_cost, touched_experts
+from dcompile.cost.cuda import described
+from dcompile.cost.launches import costs
+from dcompile.cost.looking import step_facts
+from dcompile.cost.machine import Machine, measure
 from dcompile.errors import OptionError
+from dcompile.ir.work import Work
 from dcompile.options import Options, recorded_options
 from dcompile.runtime.backend import Backend
 from dcompile.runtime.decode.loop import Runner
@@ -215,19 +219,20 @@ def bench(
 
     reset()
     binding = runner.executor.fill(ours)
-    touched = touched_experts(runner.executor, binding)
-    costs = step_cost(plan.text, block, 1, masks(block), context, touched)
+    text = described(runner.artifact)
+    work = costs(text, step_facts(runner.executor, text, binding))
+    touched = [one.touched for one in work if one.touched is not None]
     rows = paired(contestants, inputs, reset, rounds)
     machine = measure(getattr(torch, model["dtype"]), threads)
     times = _launch_times(runner.executor, ours, reset, rounds)
     return Table(
         rows=rows,
-        parts=_parts(runner.executor, times, costs, machine),
+        parts=_parts(runner.executor, times, work, machine),
         policy=_policy_share(plan.text["launches"], times),
-        floor=sum(c.seconds(machine) for c in costs) * 1e3,
+        floor=sum(_floor(one, machine) for one in work),
         bandwidth=machine.bandwidth / 1e9,
         rate=machine.rate / 1e9,
-        experts=statistics.mean(touched.values()) if touched else 0.0,
+        experts=statistics.mean(touched) if touched else 0.0,
         large=share_in_large(artifact),
         context=context,
         window=block,
@@ -254,17 +259,21 @@ def _policy_share(launches: Sequence[Mapping[str, Any]], times: Sequence[float])
 
 
 def _parts(
-    executor: Backend, medians: Sequence[float], costs: Sequence[LaunchCost], machine: Machine
+    executor: Backend, medians: Sequence[float], work: Sequence[Work], machine: Machine
 ) -> list[Part]:
     """The step's time by kernel, longest first."""
-    floors = {c.name: c.seconds(machine) * 1e3 for c in costs}
     sums: dict[str, list[float]] = {}
-    for launch, median in zip(executor.plan.launches, medians, strict=True):
+    for launch, median, one in zip(executor.plan.launches, medians, work, strict=True):
         part = sums.setdefault(launch.kernel, [0.0, 0.0, 0.0])
-        for i, value in enumerate((1.0, median, floors.get(launch.name, 0.0))):
+        for i, value in enumerate((1.0, median, _floor(one, machine))):
             part[i] += value
     parts = [Part(kernel, int(n), ms, floor) for kernel, (n, ms, floor) in sums.items()]
     return sorted(parts, key=lambda p: -p.median)
+
+
+def _floor(work: Work, machine: Machine) -> float:
+    """Milliseconds at least; none of a launch that streams nothing, whose time is its overhead."""
+    return work.seconds(machine) * 1e3 if work.streamed else 0.0
 
 
 def _rival(name: str, checkpoint: Path, options: Options) -> tuple[Step, Tensor]:

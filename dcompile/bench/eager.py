@@ -17,10 +17,10 @@ from torch import Tensor
 from dcompile.driver.origin import open_origin, trace_origin
 from dcompile.driver.pipeline import run
 from dcompile.driver.settle import settle
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
+from dcompile.ir.operators.route import scores, shares
 from dcompile.ir.program import Program
-from dcompile.ir.routing import scores, shares
 from dcompile.ir.weights import Read
 from dcompile.options import Options
 
@@ -163,10 +163,23 @@ def _choose(
 
 
 BODIES = {
-    ops.WRITE_ROWS: _write,
-    ops.ATTEND: _attend,
-    ops.MOE_FFN: _moe_ffn,
-    ops.ROUTE: _route,
-    ops.CHOOSE: _choose,
+    operators.WRITE_ROWS: _write,
+    operators.ATTEND: _attend,
+    operators.MOE_FFN: _moe_ffn,
+    operators.ROUTE: _route,
+    operators.CHOOSE: _choose,
     aten.index_put.default: _put,
+}
+_LEFT_OUT = "made by a pass that the rival does without"
+# The operators that the rival never has, or runs as their references.
+AS_THEY_STAND: Mapping[object, str] = {
+    operators.ADD_RMS_NORM: _LEFT_OUT,
+    operators.SILU_MUL: _LEFT_OUT,
+    operators.NORM_ROPE_WRITE: _LEFT_OUT,
+    operators.VOCAB_CHOICE: _LEFT_OUT,
+    operators.VOCAB_CHOICE_ASKED: _LEFT_OUT,
+    operators.CHOOSE_ASKED: "a reference; what is asked of tokens is small beside the step",
+    operators.ROUTE_LIMITED: "a reference; no rival limits its experts",
+    operators.SOFT_EMBED: "a reference; no rival smooths its iterations",
+    operators.VOCAB_SOFT_EMBED: "a reference; no rival smooths its iterations",
 }

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dcompile.cost.launches import family
+from dcompile.cost.call import family
 from dcompile.runtime.artifact import Artifact
 
 EMITTED = "kernels.cpp"

@@ -45,11 +45,11 @@ def vocabulary(origin: Origin, program: Program) -> int:
     """Rows of the vocabulary projection; a module does not say, its trace shows them."""
     if origin.spec.vocab_size:
         return origin.spec.vocab_size
-    from dcompile.ir import ops
+    from dcompile.ir import operators
     from dcompile.ir.edit import value
 
-    for node in program.calls(ops.VOCAB_CHOICE, ops.VOCAB_CHOICE_ASKED):
+    for node in program.calls(operators.VOCAB_CHOICE, operators.VOCAB_CHOICE_ASKED):
         return int(value(node.args[1]).shape[0])
-    for node in program.calls(ops.CHOOSE, ops.CHOOSE_ASKED):
+    for node in program.calls(operators.CHOOSE, operators.CHOOSE_ASKED):
         return int(value(node.args[0]).shape[-1])
     raise AssertionError("a step chooses tokens")

@@ -1,6 +1,6 @@
 """dcompile's fused operators as ONNX functions of the domain `dcompile`, each with its reference body.
 
-The bodies follow those of `ir/ops.py`, in standard operators of opset 18.  Axes as there: R rows, N sequences,
+The bodies follow those of `ir/operators/`, in standard operators of opset 18.  Axes as there: R rows, N sequences,
 L positions a sequence, D hidden, H query heads, G key heads, K head size, E experts, k of them a row.  The rows
 of a sequence stand together and each sequence has as many, so that attention is one product a sequence.
 """

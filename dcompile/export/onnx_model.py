@@ -20,8 +20,8 @@ from onnxscript import opset18 as op
 from dcompile.errors import UnsupportedModel
 from dcompile.export import onnx_functions as functions
 from dcompile.export.onnx_functions import call
-from dcompile.export.step import Portable
-from dcompile.ir import ops
+from dcompile.export.step import WITHOUT_BODY, Portable
+from dcompile.ir import operators
 
 aten = torch.ops.aten
 OPSET = 18  # what torch.onnx writes by itself; converting would inline the functions
@@ -203,13 +203,14 @@ def _choose_asked(logits, live, temperature, seed, tick, pos, asked, mask_id):  
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.rms_norm.default: _rms_norm,
     aten.linear.default: _linear,
-    ops.ADD_RMS_NORM: _add_rms_norm,
-    ops.NORM_ROPE_WRITE: _norm_rope_write,
-    ops.WRITE_ROWS: _write_rows,
-    ops.ATTEND: _attend,
-    ops.SILU_MUL: _silu_mul,
-    ops.ROUTE: _route,
-    ops.MOE_FFN: _moe_ffn,
-    ops.CHOOSE: _choose,
-    ops.CHOOSE_ASKED: _choose_asked,
+    operators.ADD_RMS_NORM: _add_rms_norm,
+    operators.NORM_ROPE_WRITE: _norm_rope_write,
+    operators.WRITE_ROWS: _write_rows,
+    operators.ATTEND: _attend,
+    operators.SILU_MUL: _silu_mul,
+    operators.ROUTE: _route,
+    operators.MOE_FFN: _moe_ffn,
+    operators.CHOOSE: _choose,
+    operators.CHOOSE_ASKED: _choose_asked,
 }
+WITHOUT_FUNCTION = WITHOUT_BODY  # what one format lacks, both do

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dcompile.errors import BuildError, OutputError
-from dcompile.export.bodies import BODIES
 from dcompile.export.files import appearing, check_target
 from dcompile.export.source import Source, facts
-from dcompile.export.step import BatchStep, Entry
+from dcompile.export.step import BODIES, BatchStep, Entry
 from dcompile.ir.show import SHORT
 
 SUFFIX = ".pt2"

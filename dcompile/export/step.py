@@ -23,9 +23,8 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from dcompile.errors import UnsupportedModel
-from dcompile.export.bodies import BODIES
 from dcompile.export.source import Source
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.show import target_name
 from dcompile.ir.sizes import evaluate
 from dcompile.ir.stored import StoredInput, StoredProgram
@@ -38,7 +37,21 @@ NEW = "new."  # before the name of the state that an output becomes
 CLOCKS = ("iteration", "entered", "temperature", "seed", "tick")
 # What the program reads of rows and blocks; the module makes these from positions.
 _MADE = ("row_seq", "row_pos", "row_limit", "block_seq", "block_pos", "choice_row")
-_SPLIT = {ops.VOCAB_CHOICE: ops.CHOOSE, ops.VOCAB_CHOICE_ASKED: ops.CHOOSE_ASKED}
+_SPLIT = {
+    operators.VOCAB_CHOICE: operators.CHOOSE,
+    operators.VOCAB_CHOICE_ASKED: operators.CHOOSE_ASKED,
+}
+# The fused operators in ATen alone, without a shape or a branch that depends on data.
+BODIES: Mapping[object, Callable[..., object]] = {
+    o.overload: o.body for o in operators.OPERATORS if o.body is not None
+}
+WITHOUT_BODY: Mapping[object, str] = {
+    operators.VOCAB_CHOICE: "split into the projection and choose",
+    operators.VOCAB_CHOICE_ASKED: "split into the projection and choose_asked",
+    operators.SOFT_EMBED: "of --smoothing, which carries rows from one iteration to the next",
+    operators.VOCAB_SOFT_EMBED: "of --smoothing, which carries rows from one iteration to the next",
+    operators.ROUTE_LIMITED: "of --moe-capacity and --expert-pool, whose limits depend on all rows",
+}
 # Example sizes, different from each other and from common model sizes.
 _BATCH, _LENGTH, _WINDOW = 3, 47, 19
 
@@ -221,7 +234,7 @@ def _known(node: Node) -> None:
         raise UnsupportedModel(
             f"the step has an operator that no export knows: {target_name(node)}",
             where=node.name,
-            remedy="compile without --smoothing, and without other options that change the step",
+            remedy=f"compile without it: it is {WITHOUT_BODY.get(node.target, 'not exported')}",
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dcompile.errors import ArtifactError
-from dcompile.ir import ops  # noqa: F401  (registers the operators that a stored graph names)
+from dcompile.ir import operators  # noqa: F401  (registers the operators that a stored graph names)
 from dcompile.ir.edit import value
 from dcompile.ir.meta import facts
 from dcompile.ir.program import Kind, Program

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from dcompile.cost.call import Facts
 from dcompile.cost.cuda import described
-from dcompile.cost.launches import Facts, chosen_experts, live_candidates
+from dcompile.cost.looking import chosen, probes
 from dcompile.cost.machine import Machine, measure
 from dcompile.errors import ContractError
 from dcompile.profile.watch import Observer, Seen, Timed, Timer, resident_bytes
@@ -72,14 +73,9 @@ class Capture:
 
     def facts(self, at: int) -> Facts:
         """What iteration `at` ran over, for the costs."""
-        seen, plan = self.seen[at], self.plan
-        experts, live = {}, {}
-        for launch, values in seen.probes.items():
-            if chosen_experts(plan, plan["launches"][launch]) is not None:
-                experts[launch] = values
-            else:
-                live[launch] = int(values.sum())
-        return Facts(seen.R, seen.B, seen.row_limit, seen.row_seq, seen.chosen, experts, live)
+        seen = self.seen[at]
+        looked = chosen(self.plan, seen.probes)
+        return Facts(seen.R, seen.B, seen.row_limit, seen.row_seq, seen.chosen, *looked)
 
 
 def capture(
@@ -115,17 +111,6 @@ def load_runner(path: Path, threads: int | None) -> tuple[Runner, float, int]:
     artifact = open_artifact(path)
     runner = Runner(artifact, open_backend(artifact, threads))
     return runner, perf_counter() - start, before
-
-
-def probes(plan: Mapping[str, Any]) -> dict[int, int]:
-    """After which launch which buffer is looked at: experts routed to, candidates undecided."""
-    out = {}
-    for at, launch in enumerate(plan["launches"]):
-        found = chosen_experts(plan, launch)
-        buffer = found if found is not None else live_candidates(plan, launch)
-        if buffer is not None:
-            out[at] = buffer
-    return out
 
 
 def _serve(runner: Runner, request: Request) -> tuple[list[Result], float]:

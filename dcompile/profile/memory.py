@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dcompile.cost.launches import flat_arguments
+from dcompile.cost.call import flat_arguments
 from dcompile.runtime.plan import Plan, base_of
 
 

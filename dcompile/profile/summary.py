@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dcompile.cost.launches import costs, is_router
+from dcompile.cost.launches import costs, num_experts
 from dcompile.cost.machine import Machine
 from dcompile.cost.occupancy import kernel_resources
 from dcompile.cost.sources import Place
@@ -140,7 +140,7 @@ def summarize(capture: Capture) -> Profile:
         layers=table.grouped([_layer_name(place.layer) for place in places], ordered=True),
         roles=table.grouped([place.role for place in places]),
         iterations=table.iterations(),
-        experts=_num_experts(capture.plan),
+        experts=num_experts(capture.plan),
         memory=memory(artifact.plan, widest.R, widest.B, capture.resident, resident),
         courses=courses(capture.seen, request.prompts, request.gen_length),
         resources=kernel_resources(artifact, capture.runner.executor.arch),
@@ -247,14 +247,3 @@ def _place(launch: Mapping[str, Any]) -> Place:
 
 def _layer_name(layer: int | None) -> str:
     return "outside" if layer is None else f"layer {layer}"
-
-
-def _num_experts(plan: Mapping[str, Any]) -> int | None:
-    for launch in plan["launches"]:
-        if not is_router(launch):
-            continue
-        if "constants" in launch:
-            return int(launch["constants"]["E"])
-        logits = plan["buffers"][launch["args"][2]["b"]]
-        return int(logits["shape"][-1])
-    return None

@@ -11,33 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dcompile.runtime.plan import Plan
+from dcompile.cost.looking import Launcher, look
 from dcompile.runtime.state import Binding
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-
-class Launcher(Protocol):
-    """What a watch asks of the executor, on whatever device."""
-
-    plan: Plan
-
-    @property
-    def state(self) -> Mapping[str, Any]: ...
-
-    def launch(
-        self,
-        binding: Binding,
-        seconds: Floats | None = None,
-        part: tuple[int, int] | None = None,
-    ) -> None:
-        """Run launches `part` (default all); `seconds` takes each one's time on the device."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +88,13 @@ class Observer:
 
     def __init__(self, executor: Launcher, probes: Mapping[int, int]) -> None:
         self._executor = executor
-        self._probes = dict(sorted(probes.items()))
+        self._probes = probes
         self.iterations: list[Seen] = []
 
     def launch(self, binding: Binding, prompts: Mapping[int, int]) -> None:
         canvas = self._executor.state["canvas"]
         before = np.asarray(canvas).copy()
-        probes = self._run(binding)
+        probes = look(self._executor, binding, self._probes)
         arrays = binding.arrays
         zeros = np.zeros(binding.R, dtype=np.int64)
         self.iterations.append(
@@ -130,16 +113,6 @@ class Observer:
                 resident=resident_bytes(),
             )
         )
-
-    def _run(self, binding: Binding) -> dict[int, npt.NDArray[Any]]:
-        """One step, stopped after each probed launch: a later one may use the buffer's place."""
-        found, at = {}, 0
-        for launch, buffer in self._probes.items():
-            self._executor.launch(binding, part=(at, launch + 1))
-            found[launch] = np.asarray(binding.tensor(buffer)).copy()
-            at = launch + 1
-        self._executor.launch(binding, part=(at, len(self._executor.plan.launches)))
-        return found
 
 
 def _copy(array: npt.NDArray[Any] | None) -> Ints | None:

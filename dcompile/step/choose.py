@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcompile.ir import noise, ops
+from dcompile.ir import operators
+from dcompile.ir.operators import noise
 from dcompile.policies.base import Asked, Choice, Policy, first_best
 from dcompile.step.ask_policy import asked_tokens, decide
 
@@ -80,10 +81,12 @@ def _choose(
     clock = (at.temperature, at.seed, at.tick, at.position)
     asked = None
     if policy.asks is None:
-        found = ops.choose(logits, live, *clock, mask_id)
+        found = operators.CHOOSE(logits, live, *clock, mask_id)
     else:
         tokens = asked_tokens(policy, policy.asks, at.current, state)
-        *found, score, probability, scores = ops.choose_asked(logits, live, *clock, tokens, mask_id)
+        *found, score, probability, scores = operators.CHOOSE_ASKED(
+            logits, live, *clock, tokens, mask_id
+        )
         asked = Asked(tokens, probability, scores, score)
     token, confidence, margin, entropy = found
     chance = noise.uniform(at.seed[:, None], at.tick[:, None], at.position)

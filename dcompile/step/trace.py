@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dcompile.errors import DataDependentShape, DcompileError, UnsupportedModel
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.meta import KEY, Facts
 from dcompile.ir.program import Input, Output, Program, StepShape
 from dcompile.ir.weights import Recipe
@@ -82,8 +82,8 @@ class Step(nn.Module):
         updated = canvas.index_put(place, written.updated)
         for table, held in zip(self.smoothed, soft, strict=True):
             still = updated[row_seq, row_pos] == self.mask_id
-            mixed = ops.soft_embed(logits, table.weight, still, rows["row_weight"])
-            kept.append(ops.write_rows(held, mixed[:, None], row_seq, row_pos))
+            mixed = operators.SOFT_EMBED(logits, table.weight, still, rows["row_weight"])
+            kept.append(operators.WRITE_ROWS(held, mixed[:, None], row_seq, row_pos))
         return updated, written.done, written.commit, written.token, written.confidence, *kept
 
     def _forward(self, ids: Tensor, soft: Sequence[Tensor]) -> Tensor:

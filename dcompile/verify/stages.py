@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from dcompile.driver.pipeline import name_of
 from dcompile.errors import VerificationError
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
 from dcompile.ir.program import Exactness, Pass, Program, Stage, StepShape
 from dcompile.ir.weights import Read
@@ -193,7 +193,7 @@ class Stages:
         with torch.no_grad():
             logits = logits_of(self.model(case.ids[None]))[0]
             clock = (known["temperature"], known["seed"], known["tick"], known["block_pos"])
-            token, confidence, margin, _ = ops.choose(
+            token, confidence, margin, _ = operators.CHOOSE(
                 logits[known["choice_row"]], live, *clock, shape.mask_id
             )
         if not bool(logits.isfinite().all()):

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.fx import Interpreter, Node
 
 from dcompile.driver.pipeline import clean_up
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.contract import verify
 from dcompile.ir.program import Program
 from dcompile.passes.canonicalize import Canonicalize
@@ -82,17 +82,19 @@ def experts_of(program: Program, tensors: dict[str, Tensor]) -> tuple[Tensor, Te
         else:
             arguments.append(tensors[held.name])
     Watch(program.module).run(*arguments)
-    (route,) = program.calls(ops.ROUTE)
+    (route,) = program.calls(operators.ROUTE)
     return seen[route.args[0]], seen[route][1]  # type: ignore[index,return-value]
 
 
 def compare(block: nn.Module, rows: int = 7) -> Program:
     """Fused equals unfused to rounding, and the experts and their order are the model's."""
     program, tensors = program_of(block, rows)
-    assert count(program, ops.ROUTE) == 0
+    assert count(program, operators.ROUTE) == 0
     (wanted,) = (t.clone() for t in run(program, tensors))
     fuse(program)
-    assert (count(program, ops.ROUTE), count(program, ops.MOE_FFN)) == (1, 1), program.remarks
+    assert (count(program, operators.ROUTE), count(program, operators.MOE_FFN)) == (1, 1), (
+        program.remarks
+    )
     (got,) = run(program, tensors)
     assert_close(got, wanted.double(), 1e-5)
     mixture = getattr(block, "mixture", block)
@@ -123,7 +125,7 @@ def test_every_router(router: Router, spelling: Spelling) -> None:
 
 def test_experts_with_biases() -> None:
     program = compare(build(spellings.sigmoid_biased, spellings.where_loop, Sizes(biases=True)))
-    (node,) = program.calls(ops.MOE_FFN)
+    (node,) = program.calls(operators.MOE_FFN)
     assert all(isinstance(a, Node) for a in node.args[5:7])
 
 
@@ -186,7 +188,7 @@ def test_a_dense_network_is_left_alone() -> None:
 
     program, _ = program_of(Dense(), 7)
     fuse(program)
-    assert not count(program, ops.ROUTE) and not program.remarks
+    assert not count(program, operators.ROUTE) and not program.remarks
 
 
 def test_scores_below_float32_are_not_ranked_again() -> None:
@@ -200,7 +202,7 @@ def test_scores_below_float32_are_not_ranked_again() -> None:
     program = small_program(call, {"x": torch.randn(1, 7, 12).bfloat16()}, weights, rows=1)
     fuse(program)
     (remark,) = program.remarks
-    assert not count(program, ops.ROUTE) and "rounded to bfloat16" in remark.text
+    assert not count(program, operators.ROUTE) and "rounded to bfloat16" in remark.text
 
 
 @pytest.mark.parametrize("spelling", NEAR_MISSES, ids=lambda f: f.__name__)
@@ -208,7 +210,7 @@ def test_near_misses_are_left_alone_and_say_why(spelling: Spelling) -> None:
     program, tensors = program_of(build(spellings.softmax, spelling), 7)
     before = run(program, tensors)[0].clone()
     fuse(program)
-    assert count(program, ops.ROUTE, ops.MOE_FFN) == 0
+    assert count(program, operators.ROUTE, operators.MOE_FFN) == 0
     assert program.remarks and all(r.kind == "missed" and len(r.text) > 20 for r in program.remarks)
     assert torch.equal(run(program, tensors)[0], before)
 
@@ -233,7 +235,7 @@ def test_places_in_another_order_are_not_experts(router: Router) -> None:
     before = run(program, tensors)[0].clone()
     fuse(program)
     assert_close(run(program, tensors)[0], before.double(), 1e-5)
-    assert count(program, ops.ROUTE) == 0 and program.remarks
+    assert count(program, operators.ROUTE) == 0 and program.remarks
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -311,7 +313,7 @@ def test_more_chosen_than_the_kept_groups_have_is_left_alone() -> None:
     sizes = replace(USUAL, top_k=3, kept=1)
     program, _ = program_of(build(spellings.grouped, spellings.einsum_all, sizes), 7)
     fuse(program)
-    assert not count(program, ops.ROUTE)
+    assert not count(program, operators.ROUTE)
     assert "more than the kept groups have" in program.remarks[0].text
 
 
@@ -321,5 +323,5 @@ def test_leaves_a_gate_that_is_not_top_k() -> None:
             return self.gate(x).softmax(-1)
 
     program = planned(Everyone())
-    assert count(program, aten.einsum.default) == 3 and not count(program, ops.MOE_FFN)
+    assert count(program, aten.einsum.default) == 3 and not count(program, operators.MOE_FFN)
     assert left_alone(program, "fuse_moe")

@@ -7,7 +7,7 @@ import torch
 from planned import Model, count, left_alone, planned
 from torch import Tensor
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 
 
 def test_leaves_another_rotation() -> None:
@@ -16,7 +16,9 @@ def test_leaves_another_rotation() -> None:
             return x * cos + x.flip(-1) * sin
 
     program = planned(Interleaved())
-    assert count(program, ops.WRITE_ROWS) == 2 and not count(program, ops.NORM_ROPE_WRITE)
+    assert count(program, operators.WRITE_ROWS) == 2 and not count(
+        program, operators.NORM_ROPE_WRITE
+    )
     assert left_alone(program, "fuse_norm_rope_write")
 
 
@@ -30,7 +32,9 @@ def test_leaves_a_rotation_with_another_rest(rest: slice) -> None:
             return torch.cat((turned, x[..., rest]), -1)
 
     program = planned(Partial())
-    assert not count(program, ops.NORM_ROPE_WRITE) and left_alone(program, "fuse_norm_rope_write")
+    assert not count(program, operators.NORM_ROPE_WRITE) and left_alone(
+        program, "fuse_norm_rope_write"
+    )
 
 
 def test_fuses_a_rotation_of_half_a_head() -> None:
@@ -39,4 +43,4 @@ def test_fuses_a_rotation_of_half_a_head() -> None:
             turned = super().rotate(x[..., :4], cos[..., :4], sin[..., :4])
             return torch.cat((turned, x[..., 4:]), -1)
 
-    assert count(planned(Partial()), ops.NORM_ROPE_WRITE) == 1
+    assert count(planned(Partial()), operators.NORM_ROPE_WRITE) == 1

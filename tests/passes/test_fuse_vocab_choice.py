@@ -6,7 +6,7 @@ import torch
 from planned import Model, count, left_alone, planned
 from torch import Tensor
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 
 
 def test_leaves_logits_that_are_changed_after_the_projection() -> None:
@@ -15,5 +15,5 @@ def test_leaves_logits_that_are_changed_after_the_projection() -> None:
             return 30 * torch.tanh(self.head(x) / 30)
 
     program = planned(Capped())
-    assert count(program, ops.CHOOSE) == 1 and not count(program, ops.VOCAB_CHOICE)
+    assert count(program, operators.CHOOSE) == 1 and not count(program, operators.VOCAB_CHOICE)
     assert left_alone(program, "fuse_vocab_choice")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import dcompile
 from dcompile.errors import OptionError
-from dcompile.ir.ops import SCORES, route
-from dcompile.ir.routing import route_limited
+from dcompile.ir.operators.route import SCORES, route
+from dcompile.ir.operators.route_limited import route_limited
 
 MASK = 60
 

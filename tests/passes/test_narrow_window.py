@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from planned import BLOCK, Model, planned
 
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.edit import value
 from dcompile.ir.sizes import size_of
 
@@ -17,5 +17,5 @@ def test_only_chosen_rows_are_projected_and_all_keys_are_written() -> None:
     head = next(n for n in program.calls(aten.linear.default) if value(n).shape[-1] == 61)
     rows = size_of(value(head).shape[-2], program.symbols)
     assert rows == {"B": BLOCK}
-    (write,) = program.calls(ops.NORM_ROPE_WRITE)
+    (write,) = program.calls(operators.NORM_ROPE_WRITE)
     assert size_of(value(write.args[0]).shape[0], program.symbols) == {"R": 1}  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dcompile.driver.pipeline import clean_up
 from dcompile.errors import MixesPositions, UnsupportedModel
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.program import Program, Stage, StepShape
 from dcompile.ir.weights import Source
 from dcompile.passes.canonicalize import Canonicalize
@@ -116,7 +116,7 @@ class Windowed:
 
         class Watch(torch.fx.Interpreter):
             def run_node(self, n: torch.fx.Node) -> object:
-                if n.target is ops.CHOOSE:
+                if n.target is operators.CHOOSE:
                     # Before the choice of rows: the logits of every row that ran.
                     chosen = n.args[0]
                     assert isinstance(chosen, torch.fx.Node)

@@ -22,7 +22,7 @@ from imagined import imagined
 from reference_managers import Facts, Made
 
 from dcompile.decoding.rules import MANAGERS, allowed
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.policies import find_policy, policy_names
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.decode.sequence import Result
@@ -142,7 +142,7 @@ def same_numbers(z: np.ndarray, mask_id: int) -> tuple[list[int], list[Any], lis
     one = torch.zeros(1, dtype=torch.int64)
     live, at = torch.ones(1, len(z), dtype=torch.bool), torch.arange(len(z))[None]
     logits = torch.tensor(np.asarray(z), dtype=torch.float32)[None]
-    found = ops.choose(logits, live, one.float(), one, one, at, mask_id)
+    found = operators.CHOOSE(logits, live, one.float(), one, one, at, mask_id)
     return tuple(list(x[0].numpy()) for x in found)  # type: ignore[return-value]
 
 

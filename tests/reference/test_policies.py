@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from reference_policies import REFERENCES, Memory, Seen, choose, iterate
 
 from dcompile.decoding.rules import allowed
-from dcompile.ir import noise, ops
+from dcompile.ir import operators
+from dcompile.ir.operators import noise
 from dcompile.policies import Policy, find_policy, policy_names
 from dcompile.step.choose import Blocks, write_tokens
 from dcompile.step.plain_decode import fresh_state
@@ -111,7 +112,7 @@ def seen_of(s: Situation, logits: np.ndarray, blocks: Blocks, z: torch.Tensor) -
     everywhere = torch.ones(1, len(s.current), dtype=torch.bool)
     clock = (blocks.temperature, blocks.seed, blocks.tick, blocks.position)
     token, confidence, margin, entropy = (
-        x[0].numpy() for x in ops.choose(z, everywhere, *clock, MASK)
+        x[0].numpy() for x in operators.CHOOSE(z, everywhere, *clock, MASK)
     )
     chance = noise.uniform(blocks.seed[:, None], blocks.tick[:, None], blocks.position)
     return Seen(
@@ -143,7 +144,7 @@ def test_the_choice_is_its_reference(z: np.ndarray) -> None:
     one = torch.zeros(1, dtype=torch.int64)
     live = torch.ones(1, 5, dtype=torch.bool)
     at = torch.arange(5)[None]
-    found = ops.choose(
+    found = operators.CHOOSE(
         torch.tensor(z, dtype=torch.float32)[None], live, one.float(), one, one, at, MASK
     )
     wanted = choose(z, MASK)

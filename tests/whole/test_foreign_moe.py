@@ -22,7 +22,7 @@ from transformers import (
 
 import dcompile
 from dcompile.driver.pipeline import run
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.program import StepShape
 from dcompile.ir.weights import Source
 from dcompile.options import Options
@@ -113,6 +113,6 @@ def test_groups_bias_and_shared_experts_of_deepseek_v3_are_read() -> None:
     recipes = {name: Source(name) for name, _ in model.named_parameters()}
     program = trace(model, Traced(shape, find_policy("threshold"), recipes))
     run(program, Options(stop_after="fuse_moe"))
-    (route,) = program.calls(ops.ROUTE)
+    (route,) = program.calls(operators.ROUTE)
     assert route.args[2:6] == (2, "sigmoid", 4, 2) and route.args[1] is not None
     assert route.args[6:] == (True, 2.5)

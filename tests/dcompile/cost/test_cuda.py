@@ -12,11 +12,13 @@ import torch
 from checkpoints import write_checkpoint
 
 from dcompile.codegen.triton.tiles import ARCHITECTURES
+from dcompile.cost.call import Facts
 from dcompile.cost.cuda import described
-from dcompile.cost.launches import Facts, Work, chosen_experts, costs, live_candidates, routers
+from dcompile.cost.launches import chosen_experts, costs, live_candidates, routers
 from dcompile.cost.occupancy import kernel_resources, occupancy, resident_blocks
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.explain.command import explain
+from dcompile.ir.work import Work
 from dcompile.options import Options
 from dcompile.runtime.artifact import Artifact, open_artifact
 
@@ -65,8 +67,8 @@ def test_an_operators_launches_do_what_the_processors_one_does(
 def test_experts_and_candidates_are_looked_at(made: tuple[Artifact, Artifact]) -> None:
     plan = described(made[1])
     launches = plan["launches"]
-    router = next(i for i, x in enumerate(launches) if chosen_experts(plan, x) is not None)
-    choice = [i for i, x in enumerate(launches) if live_candidates(plan, x) is not None]
+    router = next(i for i, x in enumerate(launches) if chosen_experts(x) is not None)
+    choice = [i for i, x in enumerate(launches) if live_candidates(x) is not None]
     assert len(choice) == 1
     given = replace(
         facts(),

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
 from native import Library, pack_args
 
-from dcompile.bench.command import bench, prepare, step_inputs
+from dcompile.bench.command import bench, masks, prepare, step_inputs
 from dcompile.codegen import pack
 from dcompile.codegen.cpu import build
-from dcompile.cost.machine import Cost, Machine, last_cache, measure, step_cost, touched_experts
+from dcompile.cost.launches import costs
+from dcompile.cost.looking import step_facts
+from dcompile.cost.machine import Machine, last_cache, measure
 from dcompile.driver.compile import compile_checkpoint
+from dcompile.ir.work import Work
 from dcompile.options import Options
 from dcompile.profile.watch import Observer
 from dcompile.runtime.decode.loop import Runner
@@ -75,8 +80,8 @@ def test_no_reading_beats_the_bandwidth(library: Library) -> None:
 
 def test_a_launch_is_bound_by_the_slower_of_both() -> None:
     machine = Machine(bandwidth=10.0, rate=100.0)
-    assert Cost(bytes=50, flops=10).seconds(machine) == 5.0
-    assert Cost(bytes=5, flops=1000).seconds(machine) == 10.0
+    assert Work(bytes=900, flops=10, streamed=50).seconds(machine) == 5.0
+    assert Work(bytes=5, flops=1000, streamed=5).seconds(machine) == 10.0
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +101,7 @@ def test_experts_are_counted_from_the_run(made: tuple[Path, Path]) -> None:
     binding = executor.fill(inputs)
     canvas = executor.state["canvas"]
     prepare(canvas, 32, 8, model["mask_id"], model["vocab_size"])
-    touched = touched_experts(executor, binding)
+    facts = step_facts(executor, executor.plan.text, binding)
     layers = {
         index: launch.args[3]["b"]
         for index, launch in enumerate(executor.plan.launches)
@@ -106,11 +111,14 @@ def test_experts_are_counted_from_the_run(made: tuple[Path, Path]) -> None:
     prepare(canvas, 32, 8, model["mask_id"], model["vocab_size"])
     observer.launch(binding, {})
     (seen,) = observer.iterations
-    assert touched and list(touched.values()) == [len(set(seen.probes[i].flat)) for i in layers]
-    costs = step_cost(executor.plan.text, 8, 1, 8, 32, touched)
-    fewer = step_cost(executor.plan.text, 8, 1, 8, 32, {name: 1 for name in touched})
-    for all_of, one in zip(costs, fewer, strict=True):
-        assert all_of.bytes == one.bytes * touched.get(all_of.name, 1)
+    work = costs(executor.plan.text, facts)
+    touched = [work[i].touched for i in layers]
+    assert touched and touched == [len(set(seen.probes[i].flat)) for i in layers]
+    one = {at: np.zeros_like(experts) for at, experts in facts.experts.items()}
+    fewer = costs(executor.plan.text, replace(facts, experts=one))
+    for i, count in zip(layers, touched, strict=True):
+        assert work[i].streamed == pytest.approx(fewer[i].streamed * count)
+    assert list(facts.live.values()) == [masks(8)]
 
 
 def test_the_table_has_every_contestant_and_kernel(made: tuple[Path, Path]) -> None:

@@ -12,7 +12,7 @@ from planned import Model, count, planned
 from dcompile.driver import pipeline
 from dcompile.driver.pipeline import name_of, passes, run
 from dcompile.driver.record import Announcer, Recorder
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.program import Exactness, Pass, Program
 from dcompile.options import Options
 
@@ -102,7 +102,7 @@ def test_a_pass_is_left_out_and_the_last_one_named(program: Program) -> None:
 
 def test_all_of_a_step_is_fused() -> None:
     program = planned(Model())
-    assert count(program, ops.NORM_ROPE_WRITE) == count(program, ops.ATTEND) == 1
-    assert count(program, ops.ROUTE) == count(program, ops.MOE_FFN) == 1
-    assert count(program, ops.VOCAB_CHOICE) == 1
-    assert not count(program, aten.einsum.default, ops.CHOOSE, ops.WRITE_ROWS)
+    assert count(program, operators.NORM_ROPE_WRITE) == count(program, operators.ATTEND) == 1
+    assert count(program, operators.ROUTE) == count(program, operators.MOE_FFN) == 1
+    assert count(program, operators.VOCAB_CHOICE) == 1
+    assert not count(program, aten.einsum.default, operators.CHOOSE, operators.WRITE_ROWS)

@@ -87,7 +87,17 @@ def test_the_kernel_table_counts_every_launch(artifact: Path) -> None:
     opened = open_artifact(artifact)
     rows = [line.split() for line in kernel_table(opened).splitlines()[1:]]
     assert sum(int(row[1]) for row in rows) == len(opened.plan.launches)
-    assert all(row[2] in opened.names for row in rows), "a kernel of ours has its source inside"
+    assert all(row[3] in opened.names for row in rows), "a kernel of ours has its source inside"
+
+
+def test_the_kernel_table_says_what_a_forward_streams(artifact: Path) -> None:
+    opened = open_artifact(artifact)
+    streamed = {row[0]: row[2] for row in map(str.split, kernel_table(opened).splitlines()[1:])}
+    weights = sum(opened.tensors[f"layers_{k}_q_k_v.packed"].bytes for k in range(4))
+    assert float(streamed["linear_f32"]) * 1e6 > weights > 0
+    keys = 4 * 2 * (64 - 8) * 2 * 16 * 4  # of 4 layers, but for the block's own: k, v, groups, size
+    assert float(streamed["attend_f32"]) == pytest.approx(keys / 1e6, abs=0.005)
+    assert streamed["silu_mul_f32" if "silu_mul_f32" in streamed else "rms_norm_f32"] == "-"
 
 
 def test_times_are_of_the_same_passes(artifact: Path, checkpoint: Path) -> None:

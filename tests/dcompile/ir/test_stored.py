@@ -10,13 +10,13 @@ from check import SHAPE, run, small_program
 from torch import Tensor
 
 from dcompile.errors import ArtifactError
-from dcompile.ir import ops, stored
+from dcompile.ir import operators, stored
 from dcompile.ir.program import Program
 
 
 def program() -> Program:
     def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        total, normal = ops.add_rms_norm(torch.nn.functional.linear(x, w), x, None, 1e-5)
+        total, normal = operators.ADD_RMS_NORM(torch.nn.functional.linear(x, w), x, None, 1e-5)
         far = torch.where(total > 0, total, float("-inf"))
         parts = torch.cat((far, normal.to(torch.bfloat16).float()), 1).split([5, 9], 1)
         return *parts, x.new_zeros((x.shape[0], 2), dtype=torch.int32)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dcompile import cli
-from dcompile.cost.launches import Facts, Work, costs
+from dcompile.cost.call import Facts
+from dcompile.cost.launches import costs
 from dcompile.cost.machine import Machine
 from dcompile.errors import OptionError
+from dcompile.ir.work import Work
 from dcompile.profile import Capture, compare, profile_artifact
 from dcompile.profile.summary import Profile, summarize
 from dcompile.profile.watch import Timer

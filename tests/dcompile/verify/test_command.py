@@ -18,7 +18,7 @@ from dcompile.driver import pipeline
 from dcompile.driver.compile import compile_checkpoint
 from dcompile.driver.pipeline import name_of
 from dcompile.errors import ArtifactError, VerificationError
-from dcompile.ir import ops
+from dcompile.ir import operators
 from dcompile.ir.program import Exactness, Pass, Program
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
@@ -135,7 +135,7 @@ class Scales:
     exactness: Exactness = Exactness.ROUNDING
 
     def __call__(self, program: Program) -> int:
-        sites = list(program.calls(ops.ATTEND))
+        sites = list(program.calls(operators.ATTEND))
         for node in sites[-1:]:
             node.args = (*node.args[:-1], node.args[-1] * self.by)
         return len(sites)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native import Library, Value
 
-from dcompile.ir.ops import SCORES
+from dcompile.ir.operators import SCORES
 
 
 def run_route(

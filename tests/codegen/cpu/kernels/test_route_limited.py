@@ -9,8 +9,8 @@ import torch
 from guards import Out, assert_close, guarded
 from native import Library
 
-from dcompile.ir.ops import SCORES
-from dcompile.ir.routing import route_limited
+from dcompile.ir.operators import SCORES
+from dcompile.ir.operators.route_limited import route_limited
 
 
 @pytest.mark.parametrize(

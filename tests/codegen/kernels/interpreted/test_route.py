@@ -10,7 +10,7 @@ from interpreted import TYPES, poisoned, run
 
 from dcompile.codegen.kernels import route
 from dcompile.codegen.triton.tiles import Tiles
-from dcompile.ir import ops
+from dcompile.ir import operators
 
 ROUTERS = {
     "llada_moe": {"num_experts": 7, "top_k": 3},
@@ -32,7 +32,7 @@ def reference(
     full = {"score": "softmax", "groups": 1, "kept_groups": 1, "renormalize": False, "scale": 1.0}
     full |= {k: v for k, v in router.items() if k != "num_experts"}
     names = ("top_k", "score", "groups", "kept_groups", "renormalize", "scale")
-    return ops.route(logits, bias, *(full[n] for n in names))
+    return operators.ROUTE(logits, bias, *(full[n] for n in names))
 
 
 def check(name: str, logits: torch.Tensor, bias: torch.Tensor | None, t: str = "f32") -> None:

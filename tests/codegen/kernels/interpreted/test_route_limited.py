@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from interpreted import TYPES, poisoned, run
 
 from dcompile.codegen.kernels import route, route_limited
-from dcompile.ir.routing import route_limited as reference
+from dcompile.ir.operators.route_limited import route_limited as reference
 
 SLOTS = 3
 

@@ -14,7 +14,8 @@ from interpreted import TYPES, poisoned, run
 from dcompile.codegen.kernels import vocab_choice
 from dcompile.codegen.kernels.noise import gumbel, noise_key
 from dcompile.codegen.triton.tiles import Tiles
-from dcompile.ir import noise, ops
+from dcompile.ir import operators
+from dcompile.ir.operators import noise
 
 assert interpreter
 RESULTS = ("token", "confidence", "margin", "entropy")
@@ -70,7 +71,9 @@ def reference(given: dict[str, torch.Tensor], mask: int) -> dict[str, torch.Tens
     if given.get("bias") is not None:
         logits = logits + given["bias"].double()
     logits = logits.to(given["x"].dtype)
-    return dict(zip(RESULTS, ops.choose(logits, *(given[n] for n in names), mask), strict=True))
+    return dict(
+        zip(RESULTS, operators.CHOOSE(logits, *(given[n] for n in names), mask), strict=True)
+    )
 
 
 def check(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], limit: float = 1e-5) -> None:
@@ -140,7 +143,7 @@ def test_what_is_told_of_tokens_asked_about(t: str, S: int) -> None:
     run(lowering, {**got, **given}, B=B)
     logits = torch.nn.functional.linear(given["x"].double(), given["w"].double())
     names = ("live", "temperature", "seed", "tick", "pos", "asked")
-    made = ops.choose_asked(logits.to(TYPES[t]), *(given[n] for n in names), mask)
+    made = operators.CHOOSE_ASKED(logits.to(TYPES[t]), *(given[n] for n in names), mask)
     want = dict(zip((*RESULTS, *TOLD), made, strict=True))
     check(got, want)
     for name in TOLD:

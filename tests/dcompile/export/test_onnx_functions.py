@@ -13,10 +13,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from dcompile.export import onnx_functions
-from dcompile.export.bodies import BODIES
 from dcompile.export.onnx_model import OPSET, add_functions
-from dcompile.ir import ops
+from dcompile.export.step import BODIES
+from dcompile.ir import operators
 
 ELEMENTS = {
     torch.float32: TensorProto.FLOAT,
@@ -68,8 +67,8 @@ def test_attention(sizes: tuple[int, ...], seed: int) -> None:
     keys, values = torch.randn(2, batch, length, groups, size)
     row_seq = torch.arange(batch).repeat_interleave(window)
     limit = torch.randint(1, length + 1, (batch * window,))
-    wanted = ops.attend(q, keys, values, row_seq, limit, 0.3)
-    same(BODIES[ops.ATTEND](q, keys, values, row_seq, limit, 0.3), wanted)
+    wanted = operators.ATTEND(q, keys, values, row_seq, limit, 0.3)
+    same(BODIES[operators.ATTEND](q, keys, values, row_seq, limit, 0.3), wanted)
     same(in_onnx("attend", [q, keys, values, limit], wanted, scale=0.3), wanted)
 
 
@@ -85,18 +84,18 @@ def test_norm_rope_write(norms: str) -> None:
     q_norm = torch.rand(size) if norms in ("norm", "q_norm") else None
     k_norm = torch.rand(size) if norms in ("norm", "k_norm") else None
     rest = [cos, sin, row_seq, row_pos, keys, values]
-    wanted = ops.norm_rope_write(qkv, q_norm, k_norm, *rest, heads, 1e-5)
-    same(BODIES[ops.NORM_ROPE_WRITE](qkv, q_norm, k_norm, *rest, heads, 1e-5), wanted)
+    wanted = operators.NORM_ROPE_WRITE(qkv, q_norm, k_norm, *rest, heads, 1e-5)
+    same(BODIES[operators.NORM_ROPE_WRITE](qkv, q_norm, k_norm, *rest, heads, 1e-5), wanted)
     given = [qkv, *(t for t in (q_norm, k_norm) if t is not None), *rest]
     eps = {} if norms == "plain" else {"eps": 1e-5}
     same(in_onnx(f"{norms}_rope_write", given, wanted, heads=heads, **eps), wanted)
 
 
-@pytest.mark.parametrize("score", ops.SCORES)
+@pytest.mark.parametrize("score", operators.SCORES)
 def test_the_body_of_route_knows_every_score(score: str) -> None:
     logits, bias = torch.randn(17, 16), torch.randn(16)
     given = (logits, bias, 3, score, 1, 1, False, 2.5)
-    for found, wanted in zip(BODIES[ops.ROUTE](*given), ops.route(*given), strict=True):
+    for found, wanted in zip(BODIES[operators.ROUTE](*given), operators.ROUTE(*given), strict=True):
         same(found, wanted)
 
 
@@ -110,8 +109,10 @@ def test_route(score: str, groups: int, kept: int, biased: bool, seed: int) -> N
     logits = torch.randint(-2, 3, (17, 16)).float() if seed else torch.randn(17, 16)
     logits[3, 5] = float("nan")
     bias = torch.randn(16) if biased else None
-    wanted = ops.route(logits, bias, 3, score, groups, kept, bool(seed), 2.5)
-    same(BODIES[ops.ROUTE](logits, bias, 3, score, groups, kept, bool(seed), 2.5)[1], wanted[1])
+    wanted = operators.ROUTE(logits, bias, 3, score, groups, kept, bool(seed), 2.5)
+    same(
+        BODIES[operators.ROUTE](logits, bias, 3, score, groups, kept, bool(seed), 2.5)[1], wanted[1]
+    )
     said = {"top_k": 3, "sigmoid": int(score == "sigmoid"), "groups": groups, "kept_groups": kept}
     given = [logits, torch.zeros(()) if bias is None else bias]
     found = in_onnx("route", given, wanted, renormalize=seed, scale=2.5, **said)
@@ -119,13 +120,13 @@ def test_route(score: str, groups: int, kept: int, biased: bool, seed: int) -> N
     rows = [i for i in range(17) if i != 3]
     same(found[0][rows], wanted[0][rows])
     same(
-        BODIES[ops.ROUTE](logits, bias, 3, score, groups, kept, bool(seed), 2.5)[0][rows],
+        BODIES[operators.ROUTE](logits, bias, 3, score, groups, kept, bool(seed), 2.5)[0][rows],
         wanted[0][rows],
     )
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", operators.ACTIVATIONS)
 @pytest.mark.parametrize("sizes", [(1, 5, 33, 7, 2), (19, 8, 16, 12, 3)])
 def test_experts(sizes: tuple[int, ...], activation: str, biased: bool) -> None:
     rows, experts, hidden, inner, k = sizes
@@ -136,8 +137,12 @@ def test_experts(sizes: tuple[int, ...], activation: str, biased: bool) -> None:
     down = torch.randn(experts, hidden, inner) * 0.2
     biases = [torch.randn(experts, 2 * inner), torch.randn(experts, hidden)] if biased else []
     given = [x, weights, chosen, gate_up, down, *biases]
-    wanted = ops.moe_ffn(*given, *([] if biased else [None, None]), activation)
-    same(BODIES[ops.MOE_FFN](*given, *([] if biased else [None, None]), activation), wanted, 1e-5)
+    wanted = operators.MOE_FFN(*given, *([] if biased else [None, None]), activation)
+    same(
+        BODIES[operators.MOE_FFN](*given, *([] if biased else [None, None]), activation),
+        wanted,
+        1e-5,
+    )
     name = f"moe_ffn{'_biased' if biased else ''}_{activation}"
     same(in_onnx(name, given, wanted), wanted, 1e-5)
 
@@ -159,25 +164,25 @@ def test_choice(temperature: float) -> None:
         torch.arange(batch * n).reshape(batch, n),
     ]
     asked = torch.randint(0, vocab, (batch, n, 3))
-    wanted = ops.choose_asked(logits, live, *clock, asked, mask)
-    same(BODIES[ops.CHOOSE_ASKED](logits, live, *clock, asked, mask), wanted)
+    wanted = operators.CHOOSE_ASKED(logits, live, *clock, asked, mask)
+    same(BODIES[operators.CHOOSE_ASKED](logits, live, *clock, asked, mask), wanted)
     same(in_onnx("choose_asked", [logits, live, *clock, asked], wanted, mask_id=mask), wanted)
-    wanted = ops.choose(logits, live, *clock, mask)
-    same(BODIES[ops.CHOOSE](logits, live, *clock, mask), wanted)
+    wanted = operators.CHOOSE(logits, live, *clock, mask)
+    same(BODIES[operators.CHOOSE](logits, live, *clock, mask), wanted)
     same(in_onnx("choose", [logits, live, *clock], wanted, mask_id=mask), wanted)
 
 
 SMALL: list[tuple[str, Callable[..., Any], list[Tensor], dict[str, Any]]] = [
-    ("silu_mul", ops.SILU_MUL, [torch.randn(3, 5), torch.randn(3, 5)], {}),
+    ("silu_mul", operators.SILU_MUL, [torch.randn(3, 5), torch.randn(3, 5)], {}),
     (
         "add_rms_norm",
-        ops.ADD_RMS_NORM,
+        operators.ADD_RMS_NORM,
         [torch.randn(3, 5), torch.randn(3, 5), torch.rand(5)],
         {"eps": 1e-5},
     ),
     (
         "write_rows",
-        ops.WRITE_ROWS,
+        operators.WRITE_ROWS,
         [
             torch.randn(2, 4, 3, 5),
             torch.randn(3, 3, 5),
@@ -198,17 +203,7 @@ def test_the_rest(name: str, operator: Any, given: list[Tensor], said: dict[str,
 
 def test_a_norm_without_weight() -> None:
     x, r = torch.randn(2, 3, 5)
-    wanted = ops.add_rms_norm(x, r, None, 1e-5)
+    wanted = operators.ADD_RMS_NORM(x, r, None, 1e-5)
     same(in_onnx("add_rms_normalize", [x, r], wanted, eps=1e-5), wanted)
     wanted = torch.nn.functional.rms_norm(x, (5,), None, 1e-5)
     same(in_onnx("rms_normalize", [x], wanted, eps=1e-5), wanted)
-
-
-def test_every_operator_has_both() -> None:
-    fused = {
-        value for name, value in vars(ops).items() if name.isupper() and "dcompile" in str(value)
-    }
-    split = {ops.VOCAB_CHOICE, ops.VOCAB_CHOICE_ASKED}
-    refused = {ops.SOFT_EMBED, ops.VOCAB_SOFT_EMBED}
-    assert fused - set(BODIES) == split | refused
-    assert {"attend", "route", "choose", "moe_ffn_silu"} <= set(onnx_functions.FUNCTIONS)

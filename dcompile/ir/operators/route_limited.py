@@ -1,4 +1,4 @@
-"""Which experts a row takes, and the limits: experts that a block reads, tokens that an expert gets."""
+"""Routing with limits: experts that a block reads, tokens that an expert gets."""
 
 from __future__ import annotations
 
@@ -8,65 +8,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-NEG_INF = float("-inf")
+from dcompile.ir.operators.base import NEG_INF, Operator
+from dcompile.ir.operators.route import best, scores, shares
+from dcompile.ir.work import formulas
 
 
-def scores(
-    logits: Tensor, bias: Tensor | None, score: str, groups: int, kept_groups: int
-) -> tuple[Tensor, Tensor]:
-    """(what weighs, what ranks) the experts: f32 [R, E] each; -inf is never chosen before a number."""
-    z = logits.float()
-    s = torch.sigmoid(z) if score.startswith("sigmoid") else torch.softmax(z, -1)
-    keys = s if score in ("softmax", "sigmoid") else z
-    keys = keys if bias is None else keys + bias.float()
-    keys = torch.where(keys.isnan(), NEG_INF, keys)
-    rows, experts = keys.shape
-    if groups > 1:
-        grouped = keys.reshape(rows, groups, experts // groups)
-        group_score = grouped.topk(min(2, experts // groups), -1).values.sum(-1)
-        kept = torch.argsort(-group_score, dim=-1, stable=True)[:, :kept_groups]
-        keep = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, kept, True)
-        keys = grouped.masked_fill(~keep[:, :, None], NEG_INF).reshape(rows, experts)
-    return s, keys
-
-
-def best(keys: Tensor, count: int) -> Tensor:
-    """Indices of the greatest along the last axis, greatest first, ties to the lowest."""
-    return torch.argsort(-keys, dim=-1, stable=True)[..., :count]
-
-
-def shares(
-    logits: Tensor, s: Tensor, chosen: Tensor, score: str, renormalize: bool, scale: float
-) -> Tensor:
-    """The weight [R, E] that each expert would have, by the divisor of the chosen [R, k]."""
-    if score == "softmax_chosen":
-        z = logits.float()
-        top = z.gather(-1, chosen).amax(-1, keepdim=True)
-        s = torch.exp(z - top)
-        s = s / s.gather(-1, chosen).sum(-1, keepdim=True)
-    if renormalize:
-        s = s / (s.gather(-1, chosen).sum(-1, keepdim=True) + 1e-20)
-    return s * scale
-
-
-def route(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    score: str,
-    groups: int,
-    kept_groups: int,
-    renormalize: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """As `ops.route`."""
-    s, keys = scores(logits, bias, score, groups, kept_groups)
-    chosen = best(keys, top_k)
-    share = shares(logits, s, chosen, score, renormalize, scale)
-    return share.gather(-1, chosen), chosen.to(torch.int32)
-
-
-@custom_op("dcompile::route_limited", mutates_args=())
 def route_limited(
     logits: Tensor,
     bias: Tensor | None,
@@ -139,10 +85,14 @@ def _limit(chosen: Tensor, score: Tensor, keys: Tensor, room: int, reroute: bool
     return out
 
 
-@route_limited.register_fake
+registered = custom_op("dcompile::route_limited", route_limited, mutates_args=())
+
+
+@registered.register_fake
 def _(logits, bias, row_seq, row_pos, block_seq, block_pos, top_k, *how):  # type: ignore[no-untyped-def]
     weights = logits.new_empty((logits.shape[0], top_k), dtype=torch.float32)
     return weights, logits.new_empty((logits.shape[0], top_k), dtype=torch.int32)
 
 
 ROUTE_LIMITED = torch.ops.dcompile.route_limited.default
+OPERATOR = Operator(ROUTE_LIMITED, route_limited, ("weights", "experts"), formulas.route)
