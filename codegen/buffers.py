@@ -164,6 +164,9 @@ class _Planner:
         place: dict[str, Any] = {"kind": kind}
         if kind in ("weight", "constant"):
             place["tensor"] = node.name
+        if kind == "state":
+            assert item.holds is not None, f"nobody says what the state {node.name} is"
+            place["holds"] = item.holds
         return self._add(node, node, place)
 
     def _view(self, key: object, node: Node, of: int, offset: int, strides: list[Size]) -> int:

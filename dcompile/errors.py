@@ -56,6 +56,10 @@ class RequestError(DcompileError):
     """A generation request cannot be served: its prompt, length or a run-time setting is out of range."""
 
 
+class Full(DcompileError):
+    """An engine takes no more requests now: its waiting list is full, or it is about to end."""
+
+
 class ArtifactError(DcompileError):
     """An artifact is damaged, altered, of another version, or made for another machine."""
 

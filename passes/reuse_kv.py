@@ -179,7 +179,7 @@ def _cache(program: Program, name: str, rows: Node) -> Node:
     heads, size = int(value(rows).shape[1]), int(value(rows).shape[3])
     with fake_mode(program):
         held = torch.empty((shape.slots, shape.positions, heads, size), dtype=value(rows).dtype)
-    return add_input(program, name, "state", held)
+    return add_input(program, name, "state", held, "kv")
 
 
 def _return_state(program: Program, node: Node, state: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.state import Binding
-from dcompile.runtime.turns import Turns
+from dcompile.runtime.turns import Flag, Turns
 
 Floats = npt.NDArray[np.float64]
 
@@ -25,6 +25,8 @@ class Backend(ABC):
     plan: Plan
     threads: int
     check_every: int
+    wanted: Flag
+    """Not 0 while the host has something to do between turns: `repeat` then ends after one."""
     arch: int | None = None
     """Of a GPU: 90 for sm_90."""
 
@@ -48,7 +50,10 @@ class Backend(ABC):
 
     @abstractmethod
     def repeat(self, binding: Binding, turns: int) -> Turns:
-        """Iterate over bound and filled buffers until a sequence is done, `turns` times at most."""
+        """Iterate over bound and filled buffers until a sequence is done, `turns` times at most.
+
+        It ends early, after a turn at least, where `wanted` is set: any thread may set it.
+        """
 
     @abstractmethod
     def push(self, slot: int) -> None:

@@ -16,7 +16,9 @@ SYMBOLS = ("R", "B")
 _LARGEST = 1 << 48
 _MOST = {"N": 1 << 16, "L": 1 << 24, "n": 1 << 24}
 _REMEDY = "compile the model again"
-_LOOP = {"finished", "performed", "turn", "limit", "go"}
+HOLDS = ("canvas", "kv", "policy", "soft")
+"""What a state is: the tokens, keys or values, a decoding policy's own, the mixtures of smoothing."""
+_LOOP = {"finished", "performed", "turn", "limit", "go", "wanted"}
 """What the launch that ends a turn on the device is given of the loop's own memory."""
 
 Where = Literal["native", "aten", "cuda"]
@@ -50,6 +52,8 @@ class Buffer:
     shape: tuple[Size, ...]
     kind: Literal["weight", "state", "input", "slot", "view", "zeroed"]
     tensor: str = ""
+    holds: str = ""
+    """Of a state, one of HOLDS."""
     slot: int = -1
     base: int = -1
     offset: Size = Size(0, 0, 0)
@@ -98,6 +102,10 @@ class Plan:
     def read(text: Mapping[str, Any], where: str) -> Plan:
         return _Reader(text, where).plan()
 
+    def holding(self, *kinds: str) -> list[str]:
+        """The names of the states of these kinds (see HOLDS), in the plan's order."""
+        return [name for name, index in self.state.items() if self.buffers[index].holds in kinds]
+
     def corners(self) -> Iterator[tuple[int, int]]:
         """The smallest and largest (R, B): an affine size that is sound there is so between."""
         slots = self.sizes["N"]
@@ -137,7 +145,7 @@ class _Reader:
             sizes = {key: self._count(value, f"size {key}") for key, value in text["sizes"].items()}
             if any(not 1 <= sizes.get(key, 0) <= most for key, most in _MOST.items()):
                 raise self.broken("it does not give sizes N, L and n, or too large ones")
-            buffers = tuple(map(self._buffer, text["buffers"]))
+            buffers = tuple(self._buffer(i, item) for i, item in enumerate(text["buffers"]))
             launches = tuple(self._launch(item, len(buffers)) for item in text["launches"])
             plan = Plan(
                 text=text,
@@ -171,7 +179,7 @@ class _Reader:
             raise self.broken(f"{value!r} is not affine in R and B", part)
         return Size(terms.get("R", 0), terms.get("B", 0), terms.get("", 0))
 
-    def _buffer(self, item: Mapping[str, Any]) -> Buffer:
+    def _buffer(self, index: int, item: Mapping[str, Any]) -> Buffer:
         name, place = str(item["name"]), item["place"]
         part, kind = f"buffer {name}", place["kind"]
         if item["dtype"] not in DTYPES:
@@ -184,11 +192,27 @@ class _Reader:
             shape=tuple(self._size(size, part) for size in item["shape"]),
             kind="weight" if kind == "constant" else kind,
             tensor=str(place["tensor"]) if kind in ("weight", "constant") else "",
+            holds=self._holds(index, name, place, part) if kind == "state" else "",
             slot=self._count(place["slot"], part) if kind == "slot" else -1,
             base=self._count(place["of"], part) if kind == "view" else -1,
             offset=self._size(place.get("offset", 0), part),
             strides=tuple(self._size(stride, part) for stride in place.get("strides", ())),
         )
+
+    def _holds(self, index: int, name: str, place: Mapping[str, Any], part: str) -> str:
+        """What a state is; of a plan from before plans said so, what its launches show it to be.
+
+        There the tokens are called `canvas`, and what attention takes of the state is keys and values.
+        Anything else counts as a policy's, which is safe: a request begins with zeros in it.
+        """
+        holds = place.get("holds")
+        if holds is None:
+            attention = [item for item in self.text["launches"] if item.get("role") == "attend"]
+            read = any({"b": index} in item["args"] for item in attention)
+            return "canvas" if name == "canvas" else "kv" if read else "policy"
+        if holds not in HOLDS:
+            raise self.broken(f"a state that holds {holds!r}", part)
+        return str(holds)
 
     def _launch(self, item: Mapping[str, Any], buffers: int) -> Launch:
         kernel, where = str(item["kernel"]), item["where"]

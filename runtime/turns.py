@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 Bools = npt.NDArray[np.bool_]
+Flag = npt.NDArray[np.int32]
+"""[1]; another thread may set it while iterations run."""
 CLOCKS = ("iteration", "tick")
 """Inputs that count a sequence's iterations, while its block is not done."""
 
@@ -28,10 +30,15 @@ class Turns:
 
 
 def repeat(
-    step: Callable[[], Bools], arrays: Mapping[str, npt.NDArray[Any]], limit: int, every: int = 1
+    step: Callable[[], Bools],
+    arrays: Mapping[str, npt.NDArray[Any]],
+    limit: int,
+    every: int = 1,
+    wanted: Flag | None = None,
 ) -> Turns:
     """Run `step` up to `limit` times, until a sequence is done; look only after each `every` turns.
 
+    Where it looks it also ends, after one turn at least, when the host is `wanted` elsewhere.
     `step` runs one iteration and returns done [B].  Turns after a sequence is done change none of its
     tokens, and are not counted for it.
     """
@@ -43,7 +50,8 @@ def repeat(
             finished, performed = np.zeros_like(done), np.zeros(done.shape, np.int64)
         performed += ~finished
         finished |= done
-        if turn == limit or (turn % every == 0 and finished.any()):
+        asked = wanted is not None and wanted[0] != 0
+        if turn == limit or (turn % every == 0 and (asked or finished.any())):
             break
         for name in CLOCKS:
             if name in arrays:

@@ -139,7 +139,7 @@ def _advance(where: str) -> Case:
     kinds = {
         **{"done": torch.bool, "iteration": torch.int64, "tick": torch.int64},
         **{"finished": torch.int32, "performed": torch.int64},
-        **{"turn": torch.int32, "limit": torch.int32, "go": torch.int32},
+        **dict.fromkeys(("turn", "limit", "go", "wanted"), torch.int32),
     }
     start = {"iteration": 3, "tick": 7, "limit": 1 << 30}
     operands = {

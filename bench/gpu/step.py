@@ -137,11 +137,10 @@ def floor(
                 moved += elements * size
                 chosen = batch * plan.sizes["n"] if launch.kernel.startswith("vocab") else rows
                 flops += 2 * chosen * elements
-    for name, index in plan.state.items():
-        if name.startswith(("keys.", "values.")):
-            buffer = plan.buffers[index]
-            row = buffer.bytes(1, 1) / (buffer.extent(1, 1)[0] * buffer.extent(1, 1)[1])
-            moved += row * batch * max(0, context - window)
+    for name in plan.holding("kv"):
+        buffer = plan.buffers[plan.state[name]]
+        row = buffer.bytes(1, 1) / (buffer.extent(1, 1)[0] * buffer.extent(1, 1)[1])
+        moved += row * batch * max(0, context - window)
     return moved, flops
 
 

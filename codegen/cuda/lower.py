@@ -18,7 +18,8 @@ from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.codegen.triton.variant import Number, Variant
 from dcompile.ir.program import Program
 
-LOOP_MEMORY = ("finished", "performed", "turn", "limit", "go")  # the runtime's; see docs/formats.md
+# The runtime's; see docs/formats.md.
+LOOP_MEMORY = ("finished", "performed", "turn", "limit", "go", "wanted")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 What `runtime/turns.py` does between two iterations, so that the same rows run again without the
 host: a sequence's clocks go on until its block is done, and the loop ends when a sequence is done,
-for then the host has to choose rows anew, or after `limit` turns.
+for then the host has to choose rows anew, after `limit` turns, or when the host says that it is wanted
+(somebody waits for a free slot, or was cancelled).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ def advance(
     turn,
     limit,
     go,
+    wanted,
     sequences,
     BLOCK: tl.constexpr,
 ):
-    """done bool, iteration, tick, performed i64, finished i32 [sequences]; turn, limit, go i32 [1]."""
+    """done bool, iteration, tick, performed i64, finished i32 [sequences]; the others i32 [1]."""
     b = tl.arange(0, BLOCK)
     inside = b < sequences
     before = tl.load(finished + b, mask=inside, other=1)
@@ -40,20 +42,26 @@ def advance(
     tl.store(turn, taken)
     left = taken < tl.load(limit)
     some = tl.max(tl.where(inside, after, 0), 0) != 0
-    tl.store(go, (left & (some == 0)).to(tl.int32))
+    # In the host's memory, and set while the loop runs: no cache may answer for it.
+    asked = tl.load(wanted, volatile=True) != 0
+    tl.store(go, (left & (some == 0) & (asked == 0)).to(tl.int32))
+    # Whatever was asked: where the loop is a fixed number of turns, they go on.
     on = inside & (after == 0) & left
     tl.store(iteration + b, tl.load(iteration + b, mask=on, other=0) + 1, mask=on)
     tl.store(tick + b, tl.load(tick + b, mask=on, other=0) + 1, mask=on)
 
 
 def launches(*, sequences: Expression, most: int) -> Lowering:
-    """Operands done, iteration, tick, finished, performed, turn, limit, go; at most `most` sequences."""
+    """Operands done, iteration, tick, finished, performed, turn, limit, go, wanted.
+
+    At most `most` sequences.
+    """
     arguments: list[Argument] = [
         operand("done", "bool"),
         *(operand(name, "i64") for name in ("iteration", "tick")),
         operand("finished", "i32"),
         operand("performed", "i64"),
-        *(operand(name, "i32") for name in ("turn", "limit", "go")),
+        *(operand(name, "i32") for name in ("turn", "limit", "go", "wanted")),
         count("sequences", sequences),
     ]
     block = {"BLOCK": power_of_two(most, 32)}

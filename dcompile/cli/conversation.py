@@ -12,8 +12,8 @@ import typer
 from dcompile.cli.printed import Stream, shown, summary
 from dcompile.cli.requests import generate
 from dcompile.errors import RequestError
-from dcompile.runtime.decode.loop import Runner
-from dcompile.runtime.decode.sequence import OnBlock, Result
+from dcompile.runtime.decode.loop import OnBlock, Runner
+from dcompile.runtime.decode.sequence import Result
 
 Message = dict[str, str]
 

@@ -69,7 +69,10 @@ def generate(
     cache: str | None = None,
     **parameters: float,
 ) -> tuple[list[int], int]:
-    """The generated ids of one prompt (every position) and the forwards that it took."""
+    """The generated ids of one prompt (every position) and the forwards that it took.
+
+    Whole blocks are computed, and the answer is cut at `gen_length`.
+    """
     model, n = step.facts["model"], step.facts["block_length"]
     span, mask = model["block_length"], model["mask_id"]
     knobs = {**step.facts["policy"]["parameters"], **parameters}
@@ -78,8 +81,9 @@ def generate(
     choice = {**step.facts["loop"], **({} if cache is None else {"cache": cache})}
     aligned = choice.get("aligned")
     aligned = span is not None if aligned is None else bool(aligned)
-    total = end + -end % (max(n, span or 1) if aligned else 1)
-    if unknown or total > step.facts["max_length"] or (not aligned and gen_length % n):
+    total = end + (-end % max(n, span or 1) if aligned else -gen_length % n)
+    fixed = choice.get("manager") == "canvas" and gen_length != n
+    if unknown or total > step.facts["max_length"] or fixed:
         raise ValueError(
             f"the model takes {step.facts['max_length']} positions, blocks of {n} and the parameters "
             f"{sorted(step.facts['policy']['parameters'])}"

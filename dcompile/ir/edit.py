@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from dcompile.ir.meta import KEY, facts
-from dcompile.ir.program import Input, Kind, Program
+from dcompile.ir.program import Holds, Input, Kind, Program
 from dcompile.ir.weights import Recipe
 
 
@@ -88,7 +88,9 @@ def bypass(program: Program, node: Node, source: Node) -> None:
     program.graph.erase_node(node)
 
 
-def add_input(program: Program, name: str, kind: Kind, val: torch.Tensor) -> Node:
+def add_input(
+    program: Program, name: str, kind: Kind, val: torch.Tensor, holds: Holds | None = None
+) -> Node:
     """A new placeholder after those of its kind (or first)."""
     same = [i for i, item in enumerate(program.inputs) if item.kind == kind]
     index = same[-1] + 1 if same else 0
@@ -104,7 +106,7 @@ def add_input(program: Program, name: str, kind: Kind, val: torch.Tensor) -> Nod
     assert node.name == name, f"the input {name} exists already"
     node.target = name
     node.meta["val"] = val
-    program.inputs.insert(index, Input(name, kind))
+    program.inputs.insert(index, Input(name, kind, holds))
     return node
 
 

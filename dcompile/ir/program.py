@@ -30,6 +30,8 @@ class Exactness(enum.Enum):
 
 
 Kind = Literal["weight", "constant", "state", "step"]
+Holds = Literal["canvas", "kv", "policy", "soft"]
+"""What a state is: the tokens, keys or values, a decoding policy's own, the mixtures of smoothing."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Input:
     """One placeholder of the graph, in order.
 
     A weight is made by its recipe from the checkpoint, a constant was computed by the compiler, a
-    state survives the iteration, a step input is given anew for each.
+    state survives the iteration, a step input is given anew for each.  `holds` says of a state what it
+    is, because the loop treats tokens, keys and values, and a policy's own each in another way.
     """
 
     name: str
     kind: Kind
+    holds: Holds | None = None
 
 
 @dataclass(frozen=True)

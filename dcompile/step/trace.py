@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dcompile.errors import DataDependentShape, DcompileError, UnsupportedModel
 from dcompile.ir import operators
 from dcompile.ir.meta import KEY, Facts
-from dcompile.ir.program import Input, Output, Program, StepShape
+from dcompile.ir.program import Holds, Input, Output, Program, StepShape
 from dcompile.ir.weights import Recipe
 from dcompile.policies import Policy
 from dcompile.step.ask_policy import fixes_batch
@@ -158,6 +158,10 @@ class Traced:
             out[STATE] = torch.zeros(size, dtype=table.weight.dtype)
         return out
 
+    def holds(self, name: str) -> Holds:
+        """What a state of `states` is."""
+        return "policy" if name in self.policy.state else "soft"
+
 
 def trace(model: nn.Module, wanted: Traced) -> Program:
     """Export one iteration of `model` as a TRACED program.
@@ -180,7 +184,7 @@ def trace(model: nn.Module, wanted: Traced) -> Program:
         raise
     except Exception as failure:
         raise _explain(failure, wanted.policy) from failure
-    program = _program(exported, wanted, list(states))
+    program = _program(exported, wanted, {n: wanted.holds(n) for n in states})
     if wanted.runs:
         repeat_layers(program, wanted.runs)
     return program
@@ -251,13 +255,16 @@ def _explain(failure: Exception, policy: Policy) -> DcompileError:
 PARAMETER = "model."
 
 
-def _program(exported: ExportedProgram, wanted: Traced, states: Sequence[str]) -> Program:
+def _program(exported: ExportedProgram, wanted: Traced, states: Mapping[str, Holds]) -> Program:
     """Our record of the exported graph: inputs by kind, outputs by name, facts on every node."""
     signature = exported.graph_signature
     module = torch.fx.GraphModule({}, exported.graph)
     inputs: list[Input] = []
     recipes: dict[str, Recipe] = {}
     constants: dict[str, Tensor] = {}
+    # Export names an entry of the argument `state` after both.
+    held: dict[str, Holds] = {"canvas": "canvas"}
+    held |= {f"state_{name}": kind for name, kind in states.items()}
     holders = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     for spec in signature.input_specs:
         node = holders[spec.arg.name]
@@ -274,9 +281,9 @@ def _program(exported: ExportedProgram, wanted: Traced, states: Sequence[str]) -
             constants[node.name] = _constant(exported, target)
             inputs.append(Input(node.name, "constant"))
         elif spec.kind is InputKind.USER_INPUT:
-            held = node.name == "canvas" or node.name.startswith("state_")
+            holds = held.get(node.name)
             _rename(node, re.sub("^(parameters|extras|rows|state)_", "", node.name))
-            inputs.append(Input(node.name, "state" if held else "step"))
+            inputs.append(Input(node.name, "state" if holds else "step", holds))
         else:
             raise UnsupportedModel(f"the model has an input of kind {spec.kind.name.lower()}")
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:

@@ -78,8 +78,8 @@ class _Checker:
         for name, index in self.plan.inputs.items():
             if name in known:
                 self.below[index] = known[name]
-        if "canvas" in self.plan.state:
-            self.below[self.plan.state["canvas"]] = Size(0, 0, self.vocab)
+        for name in self.plan.holding("canvas"):
+            self.below[self.plan.state[name]] = Size(0, 0, self.vocab)
 
     def _follow(self, launch: Launch, kernel: Kernel | None) -> None:
         """Which buffers hold their values after the launch; none may read another's."""

@@ -88,6 +88,7 @@ class Executor(Backend):
     ) -> None:
         self.plan = artifact.plan
         self.check_every = check_every
+        self.wanted = np.zeros(1, np.int32)
         self.threads = threads or _default_threads(artifact)
         self._poison = poison
         self._libraries = [_load(artifact, name) for name in artifact.kernel_files]
@@ -159,7 +160,7 @@ class Executor(Backend):
             self.launch(binding)
             return done.numpy().astype(np.bool_)
 
-        return repeat(step, binding.arrays, turns, self.check_every)
+        return repeat(step, binding.arrays, turns, self.check_every, self.wanted)
 
     def push(self, slot: int) -> None:
         """Here the host wrote the only one."""

@@ -30,7 +30,8 @@ _TYPES = {
 _BYTES = {"i1", "u8", "i8"}
 """What holds a truth or a small number is read alike."""
 _GRID = ((1 << 31) - 1, 65535, 65535)
-LOOP_TYPES = {"finished": "i32", "performed": "i64", "turn": "i32", "limit": "i32", "go": "i32"}
+LOOP_TYPES = dict.fromkeys(("finished", "turn", "limit", "go", "wanted"), "i32")
+LOOP_TYPES["performed"] = "i64"
 
 
 def check_launches(plan: Plan, entries: Mapping[str, Entry]) -> None:

@@ -62,6 +62,7 @@ class CudaExecutor(Backend):
         check_launches(self.plan, {name: each.entry for name, each in self.kernels.items()})
         self.memory = DeviceMemory(artifact, self.device, held)
         self.memory.on_drop = _drop_graphs
+        self.wanted = self.memory.wanted
         self.loops = loops and self.plan.loop is not None and self.device.driver.has_while
         if check_every is None:
             size = sum(
@@ -187,6 +188,7 @@ class CudaExecutor(Backend):
         """Give the GPU's memory and code back."""
         self.device.enter()
         self.memory.close()
+        self.wanted = self.memory.wanted
         for event in self._events:
             self.device.driver.call("cuEventDestroy_v2", event)
         self._events = []
@@ -237,7 +239,7 @@ class CudaExecutor(Backend):
             self.device.download(*binding.results)
             self.device.wait()
             left -= count
-            if binding.returned["finished"][: binding.B].any():
+            if self.wanted[0] or binding.returned["finished"][: binding.B].any():
                 break
 
     def _iteration(self, binding: DeviceBinding) -> Sequence[Call | None]:

@@ -19,12 +19,16 @@ from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.cuda.device import Bytes, Device
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.state import Binding, BoundMemory
+from dcompile.runtime.turns import Flag
 from dcompile.runtime.weights import ALIGN, DTYPES
 
 LOOP = ("limit", "turn", "go", "finished", "performed")
-"""The loop's own memory, in the order in which it lies behind the inputs."""
-_INVISIBLE = ("keys.", "values.")
-"""State that the host never looks at."""
+"""The loop's own memory, in the order in which it lies behind the inputs.
+
+`wanted` is no part of it: one word of the host's, which the GPU reads over the bus at every turn.
+"""
+_VISIBLE = ("canvas", "policy")
+"""Kinds of state that the host looks at; the others are many bytes that only kernels touch."""
 
 
 @dataclass
@@ -83,17 +87,15 @@ class DeviceBinding(Binding):
 class Mirrors(Mapping[str, torch.Tensor]):
     """State by name: what the host reads and writes has a copy there, pushed and pulled slot by slot.
 
-    Of the others (keys and values) one gets a copy as they are now.
+    Of the others (keys and values, mixtures of smoothing) one gets a copy as they are now.
     """
 
     def __init__(self, plan: Plan, device: Device, addresses: Mapping[str, int]) -> None:
         self._plan, self._device, self._addresses = plan, device, addresses
         self._pinned: list[int] = []
         self._held: dict[str, torch.Tensor] = {}
-        for name, index in plan.state.items():
-            if name.startswith(_INVISIBLE):
-                continue
-            buffer = plan.buffers[index]
+        for name in plan.holding(*_VISIBLE):
+            buffer = plan.buffers[plan.state[name]]
             size = buffer.bytes(1, 1)
             address, view = device.pinned(size)
             self._pinned.append(address)
@@ -177,6 +179,8 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
             device.fill(addresses[name], 0, size)
         device.wait()
         self.state = Mirrors(self.plan, device, addresses)
+        self._wanted, word = device.pinned(4)
+        self.wanted: Flag = word.view(np.int32)
         self._arena = self._arena_bytes = 0
         self._zeroed = {
             index: (0, 0) for index, b in enumerate(self.plan.buffers) if b.kind == "zeroed"
@@ -188,6 +192,8 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
         """Give everything back; nothing may be used after."""
         self._drop_all()
         self.state.close()
+        self.device.free_pinned(self._wanted)
+        self.wanted = np.zeros(1, np.int32)
         zeroed = [address for address, size in self._zeroed.values() if size]
         for address in (*self._owned, *zeroed, *([self._arena] if self._arena_bytes else [])):
             self.device.free(address)
@@ -263,7 +269,10 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
             device=self.device,
             places=places,
             base=self._arena,
-            loop={name: place + pieces[f"loop {name}"][0] for name in LOOP},
+            loop={
+                "wanted": self._wanted,
+                **{name: place + pieces[f"loop {name}"][0] for name in LOOP},
+            },
             staging=(host, place, at),
             results=(answer, place + begin, at - begin),
         )

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from dcompile.errors import ArtifactError
-from dcompile.runtime.artifact import Artifact
-from dcompile.runtime.backend import Backend
-from dcompile.runtime.decode.pipelined import Block
-from dcompile.runtime.decode.requests import Limits
-from dcompile.runtime.decode.sequence import Ints, Served
-from dcompile.runtime.decode.smoothing import soft_weight
+from dcompile.runtime.decode.sequence import Block, Served
+from dcompile.runtime.decode.slots import Ints
+from dcompile.runtime.decode.smoothing import soft_threshold, soft_weight
 from dcompile.runtime.plan import Plan, Size
 from dcompile.runtime.state import Binding
 
@@ -44,42 +40,15 @@ def check_inputs(plan: Plan, parameters: set[str], where: str) -> None:
             raise ArtifactError(what, where=where, remedy="compile the model again")
 
 
-def canvas_of(executor: Backend, limits: Limits, where: str) -> Ints:
-    """The token ids [slots, positions], shared with the executor."""
-    canvas = executor.state.get("canvas")
-    if canvas is None or canvas.shape != (limits.batch, limits.max_length):
-        raise ArtifactError("the plan has no canvas of slots and positions", where=where)
-    if canvas.dtype != torch.int64:
-        raise ArtifactError("the plan's canvas does not hold 64-bit ids", where=where)
-    return np.asarray(canvas)
-
-
-def policy_state(artifact: Artifact, executor: Backend) -> list[tuple[str, bool]]:
-    """State that a request must not inherit, each with whether a block must not either."""
-    try:
-        listed = artifact.manifest["policy"].get("state", ())
-        resets = {str(item["name"]): item.get("reset", "block") for item in listed}
-    except (TypeError, KeyError, AttributeError) as error:
-        what = "the manifest's list of the policy's state cannot be read"
-        raise ArtifactError(what, where=str(artifact.path)) from error
-    return [
-        (name, resets.get(name) == "block")
-        for name in executor.state
-        if name != "canvas" and not name.startswith(("keys.", "values."))
-    ]
-
-
-def fill_rows(
-    binding: Binding, at: int, sequence: Served, positions: Ints, smoothing: float | None
-) -> None:
+def fill_rows(binding: Binding, at: int, served: Served, positions: Ints) -> None:
     """Write the rows of one sequence, from row `at` on, into the inputs that the plan reads."""
     values: dict[str, Any] = {
-        "row_seq": sequence.slot,
+        "row_seq": served.slot.index,
         "row_pos": positions,
-        "row_limit": sequence.limits[positions],
+        "row_limit": served.limits[positions],
     }
-    if smoothing is not None:
-        values["row_weight"] = soft_weight(sequence.tick, smoothing)
+    if "row_weight" in binding.arrays:
+        values["row_weight"] = soft_weight(served.tick, served.request.parameters["smoothing"])
     for name, value in values.items():
         if name in binding.arrays:
             binding.arrays[name][at : at + len(positions)] = value
@@ -89,27 +58,31 @@ def fill_block(
     binding: Binding,
     place: int,
     at: int,
-    sequence: Served,
+    served: Served,
     block: Block,
     positions: Ints,
     shift: bool,
 ) -> None:
-    """Write a block and the clocks of one sequence, whose rows begin at row `at`."""
+    """Write a block, the clocks and the settings of one sequence, whose rows begin at row `at`."""
     own = np.arange(block.begin, block.end, dtype=np.int64)
     chosen = np.maximum(own - 1, 0) if shift else own
     # Where a decided position has no row of its own, any row will do: nothing is chosen there.
     row = np.minimum(np.searchsorted(positions, chosen), len(positions) - 1)
     values: dict[str, Any] = {
-        "block_seq": sequence.slot,
+        "block_seq": served.slot.index,
         "block_pos": own,
         "choice_row": row + at,
         "iteration": block.iteration,
         "entered": block.entered,
-        "seed": sequence.seed,
-        "tick": sequence.tick,
-        "prompt_end": sequence.prompt,
+        "temperature": served.request.temperature,
+        "seed": served.request.seed,
+        "tick": served.tick,
+        "prompt_end": served.prompt,
         "full": block.full,
+        **served.request.parameters,
     }
+    if "row_weight" in binding.arrays and "threshold" in values:
+        values["threshold"] = soft_threshold(served.tick, values["threshold"])
     for name, value in values.items():
         if name in binding.arrays:
             binding.arrays[name][place] = value

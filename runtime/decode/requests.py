@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from dcompile.errors import ArtifactError, OptionError, RequestError
 
 _LARGEST_EXACT = 1 << 24
 """Parameters travel as float32, which holds no larger count exactly."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for one prompt; with the artifact, all that its tokens depend on."""
+
+    prompt: Sequence[int]
+    gen_length: int
+    temperature: float = 0.0
+    seed: int = 0
+    early_stop: bool = True
+    """Stop after the first block with an end of sequence."""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Of the compiled policy, in place of its defaults."""
+    confidences: bool = False
+    """Whether committed tokens come with theirs: the host then looks after each iteration."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,10 @@ class Limits:
         length = prompt + gen_length
         return length + -length % self.unit
 
+    def rounded(self, gen_length: int) -> int:
+        """So many positions in whole blocks, where the first one begins behind the prompt."""
+        return gen_length if self.aligned else gen_length + -gen_length % self.block_length
+
     def default_length(self, prompt: int, wanted: int) -> int:
         """About so many positions to generate, as far as the artifact has room after a prompt."""
         n = self.block_length
@@ -93,6 +116,20 @@ class Limits:
             return n
         return max(min(wanted + -wanted % n, (self.max_length - prompt) // n * n), n)
 
+    def settle(self, asked: Request, where: str = "prompt") -> Request:
+        """The request with every parameter; raises RequestError where it cannot be served."""
+        ids = token_ids(asked.prompt)
+        settled = replace(self.settings(asked), prompt=ids)
+        self.check_prompt(ids, asked.gen_length, where)
+        return settled
+
+    def settings(self, asked: Request) -> Request:
+        """As `settle`, whatever the prompt is."""
+        self.check_length(asked.gen_length)
+        check_temperature(asked.temperature)
+        check_seed(asked.seed)
+        return replace(asked, parameters=self.parameters_of(asked.parameters))
+
     def check_length(self, gen_length: int) -> None:
         if type(gen_length) is not int or gen_length < 1:
             raise RequestError(f"{gen_length!r} tokens cannot be generated", where="gen_length")
@@ -101,15 +138,8 @@ class Limits:
             what = f"the compiled canvas has {n} positions, not {gen_length}"
             remedy = f"use {n}, or compile with --block-length {gen_length}"
             raise RequestError(what, where="gen_length", remedy=remedy)
-        if not self.aligned and gen_length % n:
-            what = f"{gen_length} is not a multiple of the compiled block length"
-            down = gen_length - gen_length % n
-            near = [str(x) for x in (down, down + n) if x]
-            remedy = f"use {' or '.join(near)}, or compile with another --block-length"
-            raise RequestError(what, where="gen_length", remedy=remedy)
 
-    def check_prompt(self, prompt: Sequence[int], gen_length: int, index: int) -> None:
-        where = f"prompt {index}"
+    def check_prompt(self, prompt: Sequence[int], gen_length: int, where: str) -> None:
         for position, token in enumerate(prompt):
             if isinstance(token, bool) or not isinstance(token, int):
                 raise RequestError(f"{token!r} is no token id", where=f"{where}[{position}]")
@@ -119,7 +149,7 @@ class Limits:
             if token == self.mask_id:
                 what = f"token id {token} is the mask id, which marks positions to generate"
                 raise RequestError(what, where=f"{where}[{position}]", remedy="leave it out")
-        total = self.total(len(prompt), gen_length)
+        total = self.total(len(prompt), self.rounded(gen_length))
         if total > self.max_length:
             what = (
                 f"a prompt of {len(prompt)} tokens and {gen_length} to generate need {total} "
@@ -137,6 +167,26 @@ class Limits:
                 raise RequestError(what, where=name, remedy=f"it has: {known}")
             _check_parameter(name, value)
         return {**self.parameters, **{name: float(value) for name, value in given.items()}}
+
+
+def token_ids(prompt: Any) -> list[Any]:
+    """A prompt's ids as Python's numbers, of a list or of an array of any library.
+
+    What is no whole number stays, for `Limits.check_prompt` to name it.
+    """
+    if isinstance(prompt, (bytes, bytearray, Mapping)):
+        what = f"a {type(prompt).__name__} is no sequence of token ids"
+        raise RequestError(what, remedy="give a text, or a list of ids")
+    if hasattr(prompt, "tolist"):
+        return np.asarray(prompt.tolist()).reshape(-1).tolist()
+    return [_whole(token) for token in prompt]
+
+
+def _whole(token: Any) -> Any:
+    try:
+        return token if isinstance(token, bool) else operator.index(token)
+    except TypeError:
+        return token
 
 
 def _aligned(options: Mapping[str, Any], span: int | None) -> bool:

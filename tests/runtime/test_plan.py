@@ -87,6 +87,7 @@ def test_takes(change: Callable[[Json], None]) -> None:
         (put("buffers", 13, "shape", 0, {"R": 1, "": -2}), "shape"),
         (put("buffers", 13, "shape", 0, {"R": 1 << 47}), "shape"),
         (put("buffers", 0, "shape", 0, {"B": 1}), "state depends on the rows"),
+        (put("buffers", 0, "place", "holds", "keys"), "a state that holds 'keys'"),
         (view(0, [2, 9], [32, 1], 24), "ends outside canvas"),
         (view(0, [], [], 64), "ends outside canvas"),
         (view(0, [2], [1], -1), "ends outside"),

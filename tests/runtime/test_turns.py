@@ -20,21 +20,25 @@ from dcompile.runtime.turns import repeat
     ends=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     limit=st.integers(1, 12),
     every=st.integers(1, 5),
+    asked=st.integers(1, 20),
 )
 def test_turns_are_counted_until_each_sequence_is_done(
-    ends: list[int], limit: int, every: int
+    ends: list[int], limit: int, every: int, asked: int
 ) -> None:
     turn = 0
+    wanted = np.zeros(1, np.int32)
     clock = np.full(len(ends), 100)
 
     def step() -> np.ndarray:
         nonlocal turn
         turn += 1
+        wanted[0] |= turn == asked
         assert clock.tolist() == [99 + min(turn, end) for end in ends]
         return np.array([turn >= end for end in ends])
 
-    turns = repeat(step, {"iteration": clock}, limit, every)
-    assert turn == min(limit, min(ends) + -min(ends) % every)
+    turns = repeat(step, {"iteration": clock}, limit, every, wanted)
+    first = min(*ends, asked)
+    assert turn == min(limit, first + -first % every)
     assert turns.performed == [min(turn, end) for end in ends]
     assert turns.done == [turn >= end for end in ends]
 

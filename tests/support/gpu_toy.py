@@ -19,7 +19,9 @@ from dcompile.runtime.cuda.executor import CudaExecutor
 from dcompile.runtime.decode.loop import Runner
 
 POINTERS = {"i64": "*i64", "f32": "*fp32", "bool": "*i1", "i32": "*i32"}
-ADVANCE = ("*i1", "*i64", "*i64", "*i32", "*i64", "*i32", "*i32", "*i32", "i32")
+ADVANCE = ("*i1", "*i64", "*i64", "*i32", "*i64", "*i32", "*i32", "*i32", "*i32", "i32")
+
+LOOP = ("finished", "performed", "turn", "limit", "go", "wanted")
 
 
 def plan(case: Toy) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def plan(case: Toy) -> dict[str, Any]:
         "grid": [1, 1, 1],
         "args": [
             *({"b": names[name]} for name in ("done", "iteration", "tick")),
-            *({"loop": name} for name in ("finished", "performed", "turn", "limit", "go")),
+            *({"loop": name} for name in LOOP),
             {"i": {"B": 1}},
         ],
     }
@@ -67,7 +69,7 @@ def plan(case: Toy) -> dict[str, Any]:
 
 def types_of(text: dict[str, Any], launch: dict[str, Any]) -> list[str]:
     if launch["kernel"] == "advance":
-        return list(ADVANCE)
+        return [*ADVANCE[: len(launch["args"]) - 1], "i32"]
     buffers = text["buffers"]
     return [POINTERS[buffers[a["b"]]["dtype"]] if "b" in a else "i32" for a in launch["args"]]
 
@@ -142,7 +144,7 @@ class Kernels(dict[str, Any]):
             types = types_of(text, launch)
             self[launch["kernel"]] = self._noted(_native(getattr(code, launch["kernel"]), types))
         self["toy_done"] = self._noted(_done)
-        self["advance"] = self._noted(lambda launch: _advance(launch, case.batch))
+        self["advance"] = self._noted(lambda launch: advance(launch, case.batch))
 
     def _noted(self, kernel: Callable[[Launched], None]) -> Callable[[Launched], None]:
         def run(launch: Launched) -> None:
@@ -173,18 +175,19 @@ def _done(launch: Launched) -> None:
     launch.array(0, np.bool_, count)[:] = ~open_.any(1)
 
 
-def _advance(launch: Launched, slots: int) -> None:
-    """The contract of docs/formats.md, one statement each."""
-    count = launch.value(8, ctypes.c_int32)
+def advance(launch: Launched, slots: int, asked: bool = True) -> None:
+    """The contract of docs/formats.md, one statement each; older ones were not `asked` by the host."""
+    count = launch.value(9 if asked else 8, ctypes.c_int32)
     done = launch.array(0, np.bool_, count)
     clocks = [launch.array(at, np.int64, count) for at in (1, 2)]
     finished = launch.array(3, np.int32, slots)[:count]
     performed = launch.array(4, np.int64, slots)[:count]
     turn, limit, go = (launch.array(at, np.int32, 1) for at in (5, 6, 7))
+    wanted = asked and launch.array(8, np.int32, 1)[0]
     performed += finished == 0
     finished |= done
     turn += 1
-    go[0] = not finished.any() and turn[0] < limit[0]
+    go[0] = not finished.any() and turn[0] < limit[0] and not wanted
     for clock in clocks:
         clock += finished == 0
 

@@ -31,6 +31,7 @@ class Imagined:
     ) -> None:
         self.plan, self.policy, self.model, self.mask_id = plan, policy, model, mask_id
         self.check_every = check_every
+        self.wanted = np.zeros(1, np.int32)
         self.memory = Memory(SimpleNamespace(plan=plan))  # type: ignore[arg-type]
         self.state = self.memory.state
 
@@ -38,7 +39,9 @@ class Imagined:
         return self.memory.bind(R, B)
 
     def repeat(self, binding: Any, turns: int) -> Turns:
-        return repeat(lambda: self._step(binding), binding.arrays, turns, self.check_every)
+        return repeat(
+            lambda: self._step(binding), binding.arrays, turns, self.check_every, self.wanted
+        )
 
     def _step(self, binding: Any) -> Bools:
         given = {name: tensor.clone() for name, tensor in binding.inputs.items()}
@@ -128,9 +131,10 @@ def _plan(policy: Policy, sizes: dict[str, int], pipelined: bool) -> dict[str, A
             {"name": name, "dtype": dtype, "shape": shape, "place": {"kind": kind, **place}}
         )
 
-    add("canvas", "i64", [sizes["N"], sizes["L"]], "state")
+    add("canvas", "i64", [sizes["N"], sizes["L"]], "state", holds="canvas")
     for name, state in policy.state.items():
-        add(name, DTYPES[state.dtype], [sizes["N"], *state.shape(n)], "state")
+        shape = [sizes["N"], *state.shape(n)]
+        add(name, DTYPES[state.dtype], shape, "state", holds="policy")
     for name in ("row_seq", "row_pos", "row_limit"):
         add(name, "i64", [R], "input")
     for name in ("block_pos", "choice_row"):

@@ -47,6 +47,7 @@ class InterpretedExecutor(Backend):
             self._modules["emitted"] = _module("emitted", path)
         self.memory: Memory | None = None
         self.launched = 0
+        self.wanted = np.zeros(1, np.int32)
 
     @classmethod
     def of(cls, artifact: Artifact) -> InterpretedExecutor:
@@ -121,7 +122,7 @@ class InterpretedExecutor(Backend):
             self.launch(binding)
             return done.numpy().astype(np.bool_)
 
-        return repeat(step, binding.arrays, turns)
+        return repeat(step, binding.arrays, turns, wanted=self.wanted)
 
     def push(self, slot: int) -> None: ...
 

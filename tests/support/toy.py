@@ -40,6 +40,8 @@ class Toy:
     warmup: int = 0
     refresh_every: int = 1
     cross_block: bool = True
+    blocks: int = 1
+    """More than one are pipelined, each of which commits a token an iteration."""
 
     @property
     def stores(self) -> bool:
@@ -71,8 +73,9 @@ def plan(toy: Toy) -> dict[str, Any]:
         )
 
     R, B, n = {"R": 1}, {"B": 1}, toy.block
-    for name in ("canvas", "keys.0", "keys.1"):
-        add(name, "i64", [toy.batch, toy.length], "state")
+    states = {"canvas": "canvas", "keys_0": "kv", "keys_1": "kv"}
+    for name, holds in states.items():
+        add(name, "i64", [toy.batch, toy.length], "state", holds=holds)
     for name in ("row_seq", "row_pos", "row_limit"):
         add(name, "i64", [R], "input")
     for name in ("block_pos", "choice_row"):
@@ -119,8 +122,8 @@ def plan(toy: Toy) -> dict[str, Any]:
         *(
             native(
                 "toy_layer",
-                [f"h{k + 1}", f"keys.{k}"],
-                f"h{k + 1} h{k} keys.{k} row_seq row_pos row_limit",
+                [f"h{k + 1}", f"keys_{k}"],
+                f"h{k + 1} h{k} keys_{k} row_seq row_pos row_limit",
                 R,
                 toy.length,
             )
@@ -143,7 +146,10 @@ def plan(toy: Toy) -> dict[str, Any]:
     inputs = [b["name"] for b in buffers if b["place"]["kind"] == "input"]
     return {
         "symbols": ["R", "B"],
-        "sizes": {"N": toy.batch, "L": toy.length, "n": n},
+        "sizes": {
+            **{"N": toy.batch, "L": toy.length, "n": n},
+            **({"blocks": toy.blocks} if toy.blocks > 1 else {}),
+        },
         "buffers": buffers,
         "slots": 8,
         "launches": launches,
@@ -152,12 +158,13 @@ def plan(toy: Toy) -> dict[str, Any]:
             {"kind": "aten", "start": 4, "end": 6},
         ],
         "inputs": {name: index[name] for name in inputs},
-        "state": {name: index[name] for name in ("canvas", "keys.0", "keys.1")},
+        "state": {name: index[name] for name in states},
         "outputs": {name: index[name] for name in ("done", "commit", "token", "confidence")},
     }
 
 
 def manifest(toy: Toy) -> dict[str, Any]:
+    pipeline = {"tau_add": 0.3, "tau_activate": 0.9} if toy.blocks > 1 else {}
     return {
         "dcompile": "0",
         "target": "cpu",
@@ -174,13 +181,14 @@ def manifest(toy: Toy) -> dict[str, Any]:
         },
         "options": {
             "cache": toy.cache,
+            "manager": "pipelined" if toy.blocks > 1 else "blockwise",
             "look_back": toy.look_back,
             "look_ahead": toy.look_ahead,
             "warmup": toy.warmup,
             "refresh_every": toy.refresh_every,
             "cross_block": toy.cross_block,
         },
-        "policy": {"name": "threshold", "parameters": {"threshold": 0.9}, "state": []},
+        "policy": {"name": "threshold", "parameters": {"threshold": 0.9, **pipeline}, "state": []},
         "kernels": {"isas": {"any": {"requires": [], "files": ["kernels/any.so"]}}},
     }
 

@@ -20,6 +20,7 @@ from dcompile.options import Options
 from dcompile.runtime.decode.caches import cache_policy
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.decode.sequence import Result
+from dcompile.runtime.decode.slots import slots_of
 
 SLOTS, LENGTH = 4, 16
 ENDS = tuple(range(0, 128, 16))  # many, so that requests end at different blocks
@@ -159,7 +160,8 @@ def first_done(forwards: Sequence[int], slots: int) -> list[int]:
 def test_a_result_is_the_one_of_the_request_alone(
     made: Made, order: list[int], slots: int, early_stop: bool
 ) -> None:
-    made.runner.limits = replace(made.runner.limits, batch=slots)
+    runner = made.runner
+    runner.slots = slots_of(runner.artifact, runner.executor, runner.limits)[:slots]
     told: list[tuple[int, Result]] = []
     asked = [PROMPTS[index] for index in order]
     results = made.generate(

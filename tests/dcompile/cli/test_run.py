@@ -31,6 +31,12 @@ def test_json_is_one_object_and_nothing_else(
     assert found["text"] is None and found["seconds"] > 0
 
 
+def test_any_length_is_generated(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", artifact, "--prompt-ids", "1,3,4", "-n", "7", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["all_tokens"] == toy.decode(Toy(), [1, 3, 4], 8)[0][:7]
+
+
 def test_prompts_are_answered_in_order(
     artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,7 @@ def test_another_gpu_with_a_compiler_at_hand(
 def test_too_little_memory(tmp_path: Path, fake: FakeCuda) -> None:
     path = gpu_toy.write(tmp_path / "gpu.dcx", Toy())
     fake.set_memory(300)
-    with pytest.raises(DeviceError, match=r"no memory for state keys\.[01][^$]*of 0\.00 GiB"):
+    with pytest.raises(DeviceError, match=r"no memory for state keys_[01][^$]*of 0\.00 GiB"):
         gpu_toy.runner(path, fake)
 
 
@@ -227,7 +227,7 @@ def view(offset: Any) -> Callable[[Json, Json, Any], None]:
         (of_launch(0, grid=[{"cdiv": [{"R": 1}, 0]}, 1, 1]), "divides by no positive number"),
         (of_launch(0, grid=[{"pow": [2, 3]}, 1, 1]), "is no size"),
         (of_launch(0, where="native"), "of cuda launches has others in it"),
-        (lambda t, k, f: t["loop"]["args"].pop(), "8 arguments, its kernel takes 9"),
+        (lambda t, k, f: t["loop"]["args"].pop(), "9 arguments, its kernel takes 10"),
         (lambda t, k, f: t["loop"]["args"][3].update(loop="clock"), "memory that no loop has"),
         (lambda t, k, f: t["loop"]["args"].reverse(), "another kind|is i32"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from fake_cuda import FakeCuda
+from fake_cuda import FakeCuda, Launched
 from toy import CACHES, MASK, Toy, prompts_of
 
 from dcompile.runtime.cuda.executor import CudaExecutor
@@ -121,7 +121,63 @@ def test_the_cap_ends_a_loop(tmp_path: Path, on_gpu: OnGpu) -> None:
     assert (executor.state["canvas"][0, :8] == MASK).sum() == 3
 
 
-def inputs(total: int, block: int = 4, threshold: float = 0.9) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize(
+    ("settings", "ended"), [({}, 3), ({"loops": False, "check_every": 2}, 4)], ids=["while", "twos"]
+)
+def test_a_host_that_is_wanted_ends_a_loop(
+    settings: dict[str, Any], ended: int, tmp_path: Path, on_gpu: OnGpu
+) -> None:
+    """Set while iterations run: the loop ends with its turn, and nothing but where it stopped changes."""
+    case = Toy(block=8)
+    fake = on_gpu(case)
+    executor = gpu_toy.runner(gpu_toy.write(tmp_path / "a.dcx", case), fake, **settings).executor
+    choose, turn = fake.kernels["toy_choose"], 0
+
+    def choosing(launch: Launched) -> None:
+        nonlocal turn
+        turn += 1
+        executor.wanted[0] = turn >= 3
+        choose(launch)
+
+    fake.kernels["toy_choose"] = choosing  # type: ignore[index]
+    executor.bind(8, 1).used = 1  # as if its rows had run before, so that it is worth a graph
+    executor.state["canvas"].fill_(MASK)
+    found = executor.repeat(executor.fill(inputs(8, block=8, threshold=1.0, temperature=1.0)), 8)
+    assert (found.performed, found.done, turn) == ([ended], [False], ended)
+    executor.pull(0)
+    stopped = executor.state["canvas"].clone()
+    assert (stopped[0, :8] == MASK).sum() == 8 - ended
+    executor.wanted[0], turn = 0, -8
+    executor.state["canvas"].fill_(MASK)
+    again = executor.repeat(
+        executor.fill(inputs(8, block=8, threshold=1.0, temperature=1.0)), ended
+    )
+    executor.pull(0)
+    assert again.performed == [ended] and torch.equal(executor.state["canvas"], stopped)
+
+
+def test_an_artifact_from_before_has_no_word_of_the_hosts(
+    tmp_path: Path, code: bytes, on_gpu: OnGpu
+) -> None:
+    case = Toy(cache="dual", batch=2)
+    wanted = generate(toy.load(tmp_path, case, code), [3, 9, 0, 4])
+    fake = on_gpu(case)
+    fake.kernels["advance"] = lambda launch: gpu_toy.advance(launch, case.batch, asked=False)  # type: ignore[index]
+
+    def older(text: dict[str, Any], kernels: Any, files: Any) -> None:
+        del text["loop"]["args"][8]
+        table, cubins = gpu_toy.table(text)
+        kernels |= table
+        files |= cubins
+
+    runner = gpu_toy.runner(gpu_toy.write(tmp_path / "gpu.dcx", case, older), fake)
+    runner.executor.wanted[0] = 1
+    assert generate(runner, [3, 9, 0, 4]) == wanted
+
+
+def inputs(
+    total: int, block: int = 4, threshold: float = 0.9, temperature: float = 0.0
+) -> dict[str, torch.Tensor]:
     """All rows of one sequence whose first block begins at 0."""
     positions = torch.arange(total)
     zero = torch.tensor([0])
@@ -136,7 +192,7 @@ def inputs(total: int, block: int = 4, threshold: float = 0.9) -> dict[str, torc
         "tick": zero,
         "iteration": zero,
         "threshold": torch.tensor([threshold]),
-        "temperature": torch.tensor([0.0]),
+        "temperature": torch.tensor([temperature]),
     }
 
 
@@ -153,7 +209,7 @@ def test_a_step_and_its_times(tmp_path: Path, code: bytes, on_gpu: OnGpu) -> Non
         found[-1]["canvas"] = executor.state["canvas"].clone()
     for name in ("token", "confidence", "commit", "done", "canvas"):
         assert torch.equal(found[0][name], found[1][name]), name
-    assert torch.equal(cpu.state["keys.1"], gpu.state["keys.1"])
+    assert torch.equal(cpu.state["keys_1"], gpu.state["keys_1"])
     gpu.state["canvas"].fill_(MASK)
     kernel = fake.kernels["toy_choose"]
     fake.kernels["toy_choose"] = lambda launch: (kernel(launch), fake.spend(41))  # type: ignore

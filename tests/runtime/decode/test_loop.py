@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -208,13 +209,18 @@ def test_each_block_is_told_once(tmp_path: Path, code: bytes) -> None:
     [
         ({"gen_length": 0}, "0 tokens cannot"),
         ({"gen_length": -4}, "-4 tokens cannot"),
-        ({"gen_length": 6}, "use 4 or 8"),
-        ({"gen_length": 2}, "use 4,"),
+        ({"gen_length": 29}, "--max-length 35"),
         ({"gen_length": 32}, "--max-length 35"),
+        ({"gen_length": 4.0}, "4.0 tokens cannot"),
         ({"prompts": [[VOCAB]]}, "outside the vocabulary"),
         ({"prompts": [[1], [2, -1]]}, r"prompt 1\[1\]"),
         ({"prompts": [[MASK]]}, "mask id"),
         ({"prompts": [[1.5]]}, "no token id"),
+        ({"prompts": [np.array([1.5])]}, "no token id"),
+        ({"prompts": [[[1]]]}, "no token id"),
+        ({"prompts": [[True]]}, "no token id"),
+        ({"prompts": [b"12"]}, "a bytes is no sequence"),
+        ({"prompts": [{1: 2}]}, "a dict is no sequence"),
         ({"prompts": ["text"]}, "no tokenizer"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
@@ -235,6 +241,37 @@ def test_refuses(asked: dict[str, Any], words: str, tmp_path: Path, code: bytes)
     # A refused request leaves nothing behind.
     (result,) = runner.generate([[1, 3, 4]], gen_length=4)
     assert result.all_tokens == toy.decode(Toy(), [1, 3, 4], 4)[0]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("cache", ["none", "dual", "active"])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_any_length_is_a_prefix_of_whole_blocks(
+    shift: bool, cache: str, early_stop: bool, tmp_path: Path, code: bytes
+) -> None:
+    case = Toy(cache=cache, shift=shift)
+    runner = toy.load(tmp_path, case, code)
+    for prompt in prompts_of(9, [0, 3, 6]):
+        for length in range(1, 14):
+            whole = length + -length % case.block
+            (result,) = runner.generate([prompt], gen_length=length, early_stop=early_stop)
+            (longer,) = runner.generate([prompt], gen_length=whole, early_stop=early_stop)
+            assert (result.all_tokens, result.forwards) == (
+                longer.all_tokens[:length],
+                longer.forwards,
+            )
+            wanted, _ = toy.decode(case, prompt, whole, early_stop=early_stop)
+            assert result.all_tokens == wanted[:length]
+
+
+@pytest.mark.parametrize(
+    "ids", [(1, 3, 4), np.array([1, 3, 4], np.int32), torch.tensor([[1, 3, 4]]), np.arange(0)]
+)
+def test_ids_may_be_of_any_library(ids: Any, tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(), code)
+    wanted = [int(token) for token in np.asarray(ids).reshape(-1)]
+    found = runner.generate([ids, list(np.asarray(ids).reshape(-1))], gen_length=4)
+    assert [r.all_tokens for r in found] == [toy.decode(Toy(), wanted, 4)[0]] * 2
 
 
 def test_whole_blocks_count_against_the_compiled_length(tmp_path: Path, code: bytes) -> None:
