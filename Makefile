@@ -30,7 +30,7 @@ $(VENV)/bin/python:
 # torch first: with it installed, nothing else asks for another build of it.
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[compile]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run

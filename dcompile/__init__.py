@@ -22,8 +22,10 @@ __all__ = ["Options", "Runner", "compile", "load"]
 def __getattr__(name: str) -> object:
     """Public names, loaded on first use: the runtime must not pull in the compiler."""
     if name == "compile":
-        from dcompile.driver.compile import compile_model
+        from dcompile.errors import naming_missing
 
+        with naming_missing("dcompile.compile"):
+            from dcompile.driver.compile import compile_model
         return compile_model
     if name == "Options":
         from dcompile.options import Options

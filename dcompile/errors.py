@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DcompileError(Exception):
     """Base of all named errors; the command line prints it and exits with 1."""
@@ -76,6 +79,10 @@ class BuildError(DcompileError):
     """The machine lacks something that emitting code needs, such as a C++ compiler."""
 
 
+class MissingPackage(DcompileError):
+    """A package that running artifacts does not need is needed, and not installed."""
+
+
 class OutputError(DcompileError):
     """The artifact could not be written; nothing half-made was left behind."""
 
@@ -86,3 +93,19 @@ class VerificationError(DcompileError):
 
 class ContractError(DcompileError):
     """A pass broke the graph contract: a bug of the pass, reported with its name and the node."""
+
+
+_EXTRAS = {"torch": "compile", "safetensors": "compile", "triton": "cuda", "onnx": "export"}
+
+
+@contextmanager
+def naming_missing(who: str) -> Iterator[None]:
+    """Where `who` lacks a package of an extra, raise MissingPackage, which says what installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        what = f"{who} needs {package}, which is not installed"
+        raise MissingPackage(what, remedy=f"pip install 'dcompile[{_EXTRAS[package]}]'") from error

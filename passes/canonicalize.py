@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from dcompile.ir.edit import bypass, insert, replace, value
 from dcompile.ir.program import Exactness, Program
-from dcompile.ir.sizes import Dim, expression, is_static
+from dcompile.ir.sizes import expression, is_static
 
 aten = torch.ops.aten
 
@@ -165,7 +165,7 @@ def same_shape(a: torch.Size, b: torch.Size) -> bool:
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
-def same_size(a: Dim, b: Dim) -> bool:
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return bool(expression(a) == expression(b))

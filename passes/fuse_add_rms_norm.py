@@ -10,7 +10,8 @@ from torch.fx import Node
 from dcompile.ir import operators
 from dcompile.ir.edit import bypass, insert, item, value
 from dcompile.ir.meta import facts
-from dcompile.ir.program import Exactness, Program, Remark
+from dcompile.ir.program import Exactness, Program
+from dcompile.ir.remarks import Remark
 from dcompile.passes.canonicalize import same_shape
 
 aten = torch.ops.aten

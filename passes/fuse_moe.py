@@ -43,7 +43,8 @@ from torch.fx import Node
 from dcompile.ir import operators
 from dcompile.ir.edit import add_weight, bypass, fake_mode, insert, item, value
 from dcompile.ir.meta import facts, note
-from dcompile.ir.program import Exactness, Program, Remark
+from dcompile.ir.program import Exactness, Program
+from dcompile.ir.remarks import Remark
 from dcompile.ir.sizes import is_static
 from dcompile.ir.weights import Stack
 from dcompile.passes.moe.algebra import NotProven

@@ -33,7 +33,8 @@ from torch.fx import Node
 from dcompile.ir import operators
 from dcompile.ir.edit import add_constant, bypass, insert, item, through, value
 from dcompile.ir.meta import facts, note
-from dcompile.ir.program import Exactness, Program, Remark
+from dcompile.ir.program import Exactness, Program
+from dcompile.ir.remarks import Remark
 from dcompile.ir.sizes import evaluate, shape_of
 
 aten = torch.ops.aten

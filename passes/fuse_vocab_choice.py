@@ -10,7 +10,8 @@ from torch.fx import Node
 from dcompile.ir import operators
 from dcompile.ir.edit import insert, through, value
 from dcompile.ir.meta import facts, note
-from dcompile.ir.program import Exactness, Program, Remark
+from dcompile.ir.program import Exactness, Program
+from dcompile.ir.remarks import Remark
 
 aten = torch.ops.aten
 FUSED = {

@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from dcompile.ir.edit import add_weight, fake_mode, insert, replace, value
 from dcompile.ir.meta import facts, note
-from dcompile.ir.program import Exactness, Program, Remark
+from dcompile.ir.program import Exactness, Program
+from dcompile.ir.remarks import Remark
 from dcompile.ir.weights import Concat
 
 aten = torch.ops.aten

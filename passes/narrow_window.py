@@ -30,7 +30,8 @@ from torch.fx import Node
 from dcompile.ir import operators
 from dcompile.ir.edit import insert, propagate, replace, value
 from dcompile.ir.meta import facts
-from dcompile.ir.program import Exactness, Program, Remark
+from dcompile.ir.program import Exactness, Program
+from dcompile.ir.remarks import Remark
 from dcompile.passes.positionwise import sequence_axes
 
 aten = torch.ops.aten

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dcompile.errors import ArtifactError
 from dcompile.runtime import weights
 from dcompile.runtime.archive import MANIFEST, Archive, open_archive
@@ -85,10 +83,10 @@ class Artifact:
     def tensors(self) -> Mapping[str, weights.Entry]:
         return self._tensors
 
-    def weights(self, name: str) -> torch.Tensor:
+    def weights(self, name: str) -> weights.Array:
         """A weight or constant over the mapped file; it must not be written to."""
         entry = self._tensors[name]
-        return weights.tensor(self.bytes(entry.file), entry)
+        return weights.mapped(self.bytes(entry.file), entry)
 
 
 def open_artifact(

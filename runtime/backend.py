@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.state import Binding
 from dcompile.runtime.turns import Flag, Turns
+from dcompile.runtime.weights import Array
 
 Floats = npt.NDArray[np.float64]
 
@@ -32,7 +32,7 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def state(self) -> Mapping[str, torch.Tensor]:
+    def state(self) -> Mapping[str, Array]:
         """What the host sees of the state; see `push` and `pull`."""
 
     @abstractmethod
@@ -68,25 +68,25 @@ class Backend(ABC):
         """Zero what a state holds for a slot."""
 
     @abstractmethod
-    def put(self, name: str, value: torch.Tensor) -> None:
+    def put(self, name: str, value: Array) -> None:
         """Give a whole state another value, wherever it lies."""
 
-    def fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
+    def fill(self, inputs: Mapping[str, Array]) -> Binding:
         """The buffers for these inputs, with their values in them; raises ValueError for other shapes."""
         binding = self.bind(len(inputs["row_seq"]), len(inputs["block_seq"]))
-        for name, target in binding.inputs.items():
+        for name, target in binding.arrays.items():
             if inputs[name].shape != target.shape:
                 raise ValueError(f"input {name} has shape {tuple(inputs[name].shape)}")
-            target.copy_(inputs[name])
+            target[...] = inputs[name]
         return binding
 
-    def step(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    def step(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run one iteration; what it returns may be overwritten by the next one."""
         binding = self.fill(inputs)
         self.launch(binding)
         return binding.outputs
 
-    def time_step(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[str, float]]:
+    def time_step(self, inputs: Mapping[str, Array]) -> list[tuple[str, float]]:
         """Run one iteration and return each launch's name and seconds on the device."""
         binding = self.fill(inputs)
         seconds = np.zeros(len(self.plan.launches))

@@ -10,14 +10,12 @@ from math import prod
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from dcompile.errors import ArtifactError
 from dcompile.runtime import pages, weights
 from dcompile.runtime.artifact import Artifact
-from dcompile.runtime.plan import Buffer, Plan
-from dcompile.runtime.weights import ALIGN, DTYPES
+from dcompile.runtime.plan import Buffer, Plan, base_of
+from dcompile.runtime.weights import ALIGN, DTYPES, Array
 
 KEPT_BINDINGS = 64
 
@@ -29,33 +27,35 @@ class Binding:
     plan: Plan
     R: int
     B: int
-    arena: torch.Tensor
+    arena: Array
     offsets: list[int]
-    fixed: Mapping[int, torch.Tensor]
-    inputs: dict[str, torch.Tensor]
-    arrays: dict[str, npt.NDArray[Any]]
-    tensors: dict[int, torch.Tensor] = field(default_factory=dict)
+    fixed: Mapping[int, Array]
+    arrays: dict[str, Array]
+    """The inputs, as the host fills them."""
+    made: dict[int, Array] = field(default_factory=dict)
     calls: Any = None
     """What the launcher prepared for these buffers."""
 
-    def tensor(self, index: int) -> torch.Tensor:
-        if index not in self.tensors:
-            self.tensors[index] = self._make(index)
-        return self.tensors[index]
+    def values(self, index: int) -> Array:
+        """The values of a buffer; on the processor the buffer itself."""
+        if index not in self.made:
+            self.made[index] = self._make(index)
+        return self.made[index]
 
-    def _make(self, index: int) -> torch.Tensor:
+    def _make(self, index: int) -> Array:
         if index in self.fixed:
             return self.fixed[index]
         buffer = self.plan.buffers[index]
-        shape = buffer.extent(self.R, self.B)
+        shape, dtype = buffer.extent(self.R, self.B), DTYPES[buffer.dtype]
         if buffer.kind == "view":
-            base = self.tensor(buffer.base)
-            strides = [stride(self.R, self.B) for stride in buffer.strides]
-            start = base.storage_offset() + buffer.offset(self.R, self.B)
-            return base.as_strided(shape, strides, start)
+            base = base_of(self.plan.buffers, index)
+            strides = [stride(self.R, self.B) * dtype.itemsize for stride in buffer.strides]
+            start = self.address(index) - self.address(base)
+            memory = self.values(base).reshape(-1).view(np.uint8)
+            return np.ndarray(shape, dtype, memory.data, start, strides)
         start = self.offsets[buffer.slot]
         region = self.arena[start : start + buffer.bytes(self.R, self.B)]
-        return region.view(DTYPES[buffer.dtype]).reshape(shape)
+        return region.view(dtype).reshape(shape)
 
     def address(self, index: int) -> int:
         """Where a buffer begins, also one that only native code sees."""
@@ -67,20 +67,20 @@ class Binding:
             return self.address(buffer.base) + skipped
         return self._scratch() + self.offsets[buffer.slot]
 
-    def put(self, index: int, value: torch.Tensor) -> None:
+    def put(self, index: int, value: Array) -> None:
         """Give a buffer other values, of its own shape."""
-        self.tensor(index).copy_(value)
+        self.values(index)[...] = value
 
     def _place(self, index: int) -> int | None:
         """Where a buffer lies that has a place of its own."""
-        return self.fixed[index].data_ptr() if index in self.fixed else None
+        return self.fixed[index].ctypes.data if index in self.fixed else None
 
     def _scratch(self) -> int:
-        return self.arena.data_ptr()
+        return self.arena.ctypes.data
 
     @property
-    def outputs(self) -> dict[str, torch.Tensor]:
-        return {name: self.tensor(index) for name, index in self.plan.outputs.items()}
+    def outputs(self) -> dict[str, Array]:
+        return {name: self.values(index) for name, index in self.plan.outputs.items()}
 
 
 Bound = TypeVar("Bound", bound=Binding)
@@ -139,37 +139,36 @@ class Memory(BoundMemory[Binding]):
             for index, buffer in enumerate(self.plan.buffers)
             if buffer.kind == "weight"
         }
-        self.state: dict[str, torch.Tensor] = {}
+        self.state: dict[str, Array] = {}
         for name, index in self.plan.state.items():
             buffer = self.plan.buffers[index]
             self.state[name] = _allocate(buffer.extent(1, 1), DTYPES[buffer.dtype], name)
             self._fixed[index] = self.state[name]
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena: Array = np.empty(0, np.uint8)
 
     def _grow(self, end: int, R: int, B: int) -> None:
-        if end > self._arena.numel():
+        if end > self._arena.size:
             self._drop_all()
-            self._arena = _allocate((end,), torch.uint8, f"the scratch of {R} rows")
+            self._arena = _allocate((end,), DTYPES["u8"], f"the scratch of {R} rows")
 
     def _bound(self, R: int, B: int, offsets: list[int]) -> Binding:
-        fixed, inputs = dict(self._fixed), {}
+        fixed, arrays = dict(self._fixed), {}
         for name, index in self.plan.inputs.items():
             buffer = self.plan.buffers[index]
-            inputs[name] = torch.zeros(buffer.extent(R, B), dtype=DTYPES[buffer.dtype])
-            fixed[index] = inputs[name]
-        arrays = {name: np.asarray(tensor) for name, tensor in inputs.items()}
-        return Binding(self.plan, R, B, self._arena, offsets, fixed, inputs, arrays)
+            shape, dtype = buffer.extent(R, B), DTYPES[buffer.dtype]
+            fixed[index] = arrays[name] = _allocate(shape, dtype, f"the input {name}")
+        return Binding(self.plan, R, B, self._arena, offsets, fixed, arrays)
 
 
-def _weight(artifact: Artifact, buffer: Buffer) -> torch.Tensor:
+def _weight(artifact: Artifact, buffer: Buffer) -> Array:
     # The plan's shape and dtype are how kernels read the bytes; the file's may be of another kind.
     entry = artifact.tensors[buffer.tensor]
     shape, dtype = buffer.extent(1, 1), DTYPES[buffer.dtype]
     as_read = weights.Entry(entry.file, dtype, shape, entry.start, prod(shape) * dtype.itemsize)
-    return weights.tensor(artifact.bytes(entry.file), as_read)
+    return weights.mapped(artifact.bytes(entry.file), as_read)
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Tensor:
+def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> Array:
     """Zeros that take memory only once they are written to: a plan may ask for more than it uses."""
     size = prod(shape) * dtype.itemsize
     try:
@@ -180,4 +179,4 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Te
             f"no memory for {what}: {size / 2**30:.1f} GiB", remedy=remedy
         ) from error
     start = -held.ctypes.data % ALIGN
-    return torch.from_numpy(held[start : start + size]).view(dtype).reshape(shape)
+    return held[start : start + size].view(dtype).reshape(shape)

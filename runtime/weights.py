@@ -1,14 +1,16 @@
-"""Tensors as bytes: the safetensors layout, written so that a tensor can be used where mapped."""
+"""Arrays as bytes: the safetensors layout, written so that a tensor can be used where mapped."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from dcompile.errors import ArtifactError
 from dcompile.untrusted import MOST_HEADER, parse_json
@@ -17,20 +19,48 @@ ALIGN = 64
 SHARD_BYTES = 64 << 20
 """A shard is closed once it holds this much; what is larger has a shard of its own."""
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "f32": torch.float32,
-    "bf16": torch.bfloat16,
-    "f16": torch.float16,
-    "f64": torch.float64,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "i16": torch.int16,
-    "i8": torch.int8,
-    "u8": torch.uint8,
-    "bool": torch.bool,
+Array = npt.NDArray[Any]
+LONG: Mapping[str, str] = {
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f64": "float64",
+    "i64": "int64",
+    "i32": "int32",
+    "i16": "int16",
+    "i8": "int8",
+    "u8": "uint8",
+    "bool": "bool",
 }
-"""The plan's names; in capitals they are those of safetensors."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""numpy's and torch's names of types by the plan's; those in capitals are safetensors'."""
+_SHORT = {long: short for short, long in LONG.items()}
+
+
+class _Types(Mapping[str, np.dtype[Any]]):
+    """numpy's types by the plan's names."""
+
+    def __getitem__(self, name: str) -> np.dtype[Any]:
+        return _type(LONG[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(LONG)
+
+    def __len__(self) -> int:
+        return len(LONG)
+
+
+@cache
+def _type(long: str) -> np.dtype[Any]:
+    if long == "bfloat16":
+        # Only for who has one: some versions take half a second to load.
+        import ml_dtypes
+
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(long)
+
+
+DTYPES = _Types()
 _PAD = ".pad."
 
 
@@ -39,28 +69,27 @@ class Entry:
     """Where a tensor lies: in which file, and from which byte of it."""
 
     file: str
-    dtype: torch.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     start: int
     bytes: int
 
 
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, in place where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+def raw(array: Array) -> memoryview:
+    """The bytes of an array, in place where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[memoryview]]:
+def shards(tensors: Iterable[tuple[str, Array]]) -> Iterator[list[memoryview]]:
     """Group tensors into files of the safetensors format, each as the pieces to write in order.
 
     Holds less than `SHARD_BYTES` and one tensor at a time; never asks for the next tensor before
     the shard of the one before it was taken, if that was large.
     """
-    pending: list[tuple[str, torch.Tensor]] = []
+    pending: list[tuple[str, Array]] = []
     held = 0
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         if pending and held + size > SHARD_BYTES:
             yield _shard(pending)
             pending, held = [], 0
@@ -74,7 +103,7 @@ def shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[memoryv
         yield _shard(pending)
 
 
-def _shard(tensors: list[tuple[str, torch.Tensor]]) -> list[memoryview]:
+def _shard(tensors: list[tuple[str, Array]]) -> list[memoryview]:
     header: dict[str, object] = {}
     pieces: list[memoryview] = []
     end = 0
@@ -87,7 +116,7 @@ def _shard(tensors: list[tuple[str, torch.Tensor]]) -> list[memoryview]:
         end += data.nbytes
 
     for name, tensor in tensors:
-        add(name, NAMES[tensor.dtype].upper(), list(tensor.shape), raw(tensor))
+        add(name, _SHORT[tensor.dtype.name].upper(), list(tensor.shape), raw(tensor))
         # The format allows no holes, so what aligns the next tensor is a tensor too.
         if gap := -end % ALIGN:
             add(f"{_PAD}{len(header)}", "U8", [gap], memoryview(bytes(gap)))
@@ -123,12 +152,7 @@ def entries(data: memoryview, file: str) -> Iterator[tuple[str, Entry]]:
         raise broken("a weight file's header cannot be read") from error
 
 
-def tensor(data: memoryview, entry: Entry) -> torch.Tensor:
+def mapped(data: memoryview, entry: Entry) -> Array:
     """The tensor over the mapped bytes themselves; it must not be written to."""
-    if entry.bytes == 0:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        count = entry.bytes // entry.dtype.itemsize
-        flat = torch.frombuffer(data, dtype=entry.dtype, count=count, offset=entry.start)
-    return flat.reshape(entry.shape)
+    flat = np.frombuffer(data[entry.start : entry.start + entry.bytes], dtype=np.uint8)
+    return flat.view(entry.dtype).reshape(entry.shape)

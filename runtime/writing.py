@@ -13,12 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import torch
-
 from dcompile.errors import OutputError
 from dcompile.runtime.archive import MANIFEST, SUFFIX
 from dcompile.runtime.sidecar import Sidecar, exchange, sweep, sync, temporary
-from dcompile.runtime.weights import ALIGN, shards
+from dcompile.runtime.weights import ALIGN, Array, shards
 from dcompile.untrusted import is_safe
 
 FORMAT = 2
@@ -89,7 +87,7 @@ class ArtifactWriter:
         """Write one file; its sha256."""
         return self._add(name, [memoryview(data)])
 
-    def add_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def add_weights(self, tensors: Iterable[tuple[str, Array]]) -> None:
         """Write tensors as they come; their names are unique over the whole artifact."""
         for pieces in shards(self._unique(tensors)):
             name = f"weights/{self._shards:05}.safetensors"
@@ -101,9 +99,7 @@ class ArtifactWriter:
             self._shards += 1
             del pieces
 
-    def _unique(
-        self, tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _unique(self, tensors: Iterable[tuple[str, Array]]) -> Iterator[tuple[str, Array]]:
         for item in tensors:
             if item[0] in self._tensors:
                 raise ValueError(f"tensor {item[0]!r} is written twice")
@@ -214,7 +210,7 @@ def write_artifact(
     path: str | Path,
     manifest: Mapping[str, Any],
     plan: Mapping[str, Any],
-    weights: Iterable[tuple[str, torch.Tensor]],
+    weights: Iterable[tuple[str, Array]],
     files: Mapping[str, bytes],
 ) -> None:
     """Write a whole artifact at once."""

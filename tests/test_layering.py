@@ -80,7 +80,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
         *{"driver", "options", *RUNTIME, "errors"},
     },
     "__main__": {"cli"},
-    "": {"driver", "options", "runtime.decode"},
+    "": {"driver", "options", "runtime.decode", "errors"},
 }
 # The only shared files that name a target's folder: they choose one.
 OPENS_A_TARGET = {"codegen.backends", "runtime.opening"}

@@ -22,6 +22,8 @@ from dcompile.options import Options
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.cuda.executor import CudaExecutor
 from dcompile.runtime.plan import Plan
+from dcompile.runtime.tensors import array_of
+from dcompile.runtime.weights import Array, Entry, raw
 from gpu.machine import Machine
 
 HF = {
@@ -198,19 +200,18 @@ def _artifact(code: Code, options: Options) -> Artifact:
 
 
 def _with_weights(artifact: Artifact, tensors: Mapping[str, Tensor]) -> Artifact:
-    from dcompile.runtime.weights import Entry, raw
-
     files: _Files = artifact._archive  # type: ignore[assignment]
     for name, tensor in tensors.items():
-        data = raw(tensor)
+        held = array_of(tensor)
+        data = raw(held)
         files.files[f"w/{name}"] = bytes(data)
         artifact.manifest["files"][f"w/{name}"] = None
-        entry = Entry(f"w/{name}", tensor.dtype, tuple(tensor.shape), 0, data.nbytes)
+        entry = Entry(f"w/{name}", held.dtype, held.shape, 0, data.nbytes)
         artifact._tensors[name] = entry
     return artifact
 
 
-def inputs(model: Model, batch: int, window: int, context: int) -> dict[str, Tensor]:
+def inputs(model: Model, batch: int, window: int, context: int) -> dict[str, Array]:
     """One iteration of `batch` sequences: the last `window` rows of each, the last block undecided."""
     block = model.settled.shape.block_length
     slots = torch.arange(batch)
@@ -233,7 +234,7 @@ def inputs(model: Model, batch: int, window: int, context: int) -> dict[str, Ten
         "prompt_end": torch.full((batch,), context - block),
     }
     names = model.executor.plan.inputs
-    return {n: known.get(n, torch.ones(batch)) for n in names}
+    return {n: array_of(known.get(n, torch.ones(batch))) for n in names}
 
 
 def canvas(model: Model, batch: int, context: int) -> None:

@@ -19,6 +19,7 @@ from dcompile.driver.origin import trace_origin
 from dcompile.driver.pipeline import run
 from dcompile.ir import operators
 from dcompile.ir.edit import value
+from dcompile.runtime.tensors import tensor_of
 from gpu import models
 from gpu.machine import Machine, spread
 from gpu.models import Model
@@ -43,7 +44,7 @@ class Rival:
         given = models.inputs(model, batch, window, context)
         extra = {i.name for i in program.inputs if i.kind == "step"} - set(given)
         assert not extra, extra
-        known |= {name: tensor.to(self.where) for name, tensor in given.items()}
+        known |= {name: tensor_of(array).to(self.where) for name, array in given.items()}
         bodies = {
             **BODIES,
             operators.ATTEND: _attend(batch, window, context),
@@ -56,7 +57,7 @@ class Rival:
         self.module = torch.fx.GraphModule({}, program.graph)
         self.arguments = [known[i.name] for i in program.inputs]
         models.canvas(model, batch, context)
-        self.tokens = model.executor.state["canvas"].clone().to(self.where)
+        self.tokens = torch.tensor(model.executor.state["canvas"], device=self.where)
 
     def measure(self, machine: Machine, compiled: bool) -> dict[str, Any]:
         """Median and quartiles, the canvas new each time; torch has the GPU's clock."""

@@ -105,7 +105,7 @@ def touched_experts(model: Model, binding: DeviceBinding) -> float:
         executor.launch(binding, part=(at, index + 1))
         at = index + 1
         (chosen,) = (w for w in launch.writes if w is not None and buffers[w].dtype == "i32")
-        counts.append(len(np.unique(np.asarray(binding.tensor(chosen)))))
+        counts.append(len(np.unique(binding.values(chosen))))
     executor.launch(binding, part=(at, len(executor.plan.launches)))
     return float(np.mean(counts)) if counts else 0.0
 

@@ -172,9 +172,8 @@ def main() -> None:
         asked = dict(ARGUMENTS)
         length = int(asked.pop("gen_length"))
         capture = profile_artifact(path, [], length, asked, rounds=1, threads=given.threads)
-        machine = measure(
-            getattr(torch, capture.runner.artifact.manifest["model"]["dtype"]), given.threads
-        )
+        dtype = capture.runner.artifact.manifest["model"]["dtype"]
+        machine = measure(dtype, given.threads)
         rows = list(compare(capture, lib, machine, given.rounds))
     console = Console(width=110)
     console.print(table(rows))

@@ -101,7 +101,7 @@ def run_part(artifact: Path, threads: int) -> dict[str, float]:
         start = time.perf_counter()
         runner.executor.step(inputs)
         samples.append((time.perf_counter() - start) * 1e3)
-    machine = measure(torch.bfloat16, threads)
+    machine = measure("bfloat16", threads)
     facts = step_facts(runner.executor, plan.text, runner.executor.fill(inputs))
     floor = sum(w.seconds(machine) for w in costs(plan.text, facts) if w.streamed) * 1e3
     forward = statistics.median(samples)

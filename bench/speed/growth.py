@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import models
-import torch
+import numpy as np
 
 from dcompile.bench.command import prepare, step_inputs
 from dcompile.driver.compile import compile_checkpoint
@@ -56,9 +56,9 @@ def point(axis: str, number: int) -> dict[str, float]:
             window,
             runner.artifact.manifest["policy"]["parameters"],
         )
-        inputs = {k: torch.cat([v] * batch) for k, v in one.items()}
-        inputs["row_seq"] = torch.arange(batch).repeat_interleave(window)
-        inputs["block_seq"] = torch.arange(batch)
+        inputs = {k: np.concatenate([v] * batch) for k, v in one.items()}
+        inputs["row_seq"] = np.arange(batch).repeat(window)
+        inputs["block_seq"] = np.arange(batch)
         inputs["choice_row"] = one["choice_row"] + inputs["block_seq"][:, None] * window
         samples = []
         for _ in range(7):
@@ -74,7 +74,7 @@ def point(axis: str, number: int) -> dict[str, float]:
             "artifact_mb": artifact.stat().st_size / 1e6,
             "ms_per_forward": statistics.median(samples[2:]),
             "us_per_row": statistics.median(samples[2:]) * 1e3 / (window * batch),
-            "scratch_mb": binding.arena.numel() / 1e6,
+            "scratch_mb": binding.arena.nbytes / 1e6,
             "launches": len(plan.launches),
         }
 

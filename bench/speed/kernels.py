@@ -374,7 +374,7 @@ def main() -> None:
         lib.set_threads(threads)
         torch.set_num_threads(threads)
         for name, t in product(given.models, given.dtypes):
-            machine = measure(TYPES[t], threads)
+            machine = measure(str(TYPES[t]).removeprefix("torch."), threads)
             speed = f"{machine.bandwidth / 1e9:.1f} GB/s, {machine.rate / 1e9:.0f} GFLOP/s"
             lines.append(f"{isa}, {t}, threads {threads}: {speed}")
             for rows, case in cases(name, t, given):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,11 @@ from dcompile.options import Options, recorded_options
 from dcompile.runtime.backend import Backend
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.pages import share_in_large
+from dcompile.runtime.tensors import tensor_of
+from dcompile.runtime.weights import Array
 
-Step = Callable[[Mapping[str, Tensor]], object]
+Step = Callable[[Mapping[str, Any]], object]
+"""Takes inputs by name: arrays an artifact's, tensors a rival's."""
 
 RIVALS = {
     "plain": "the plain model, whole sequence, every expert for every token (the reference)",
@@ -104,33 +108,33 @@ def step_inputs(
     block: int,
     window: int,
     parameters: Mapping[str, float],
-) -> dict[str, Tensor]:
+) -> dict[str, Array]:
     """The inputs of one window iteration of one sequence whose block starts at `context - block`."""
     start = context - block
     first = context - window
-    rows = torch.arange(first, context)
-    one = torch.ones(1, dtype=torch.int64)
+    rows = np.arange(first, context)
+    one = np.ones(1, np.int64)
     known = {
-        "row_seq": torch.zeros(window, dtype=torch.int64),
+        "row_seq": np.zeros(window, np.int64),
         "row_pos": rows,
-        "row_limit": torch.full((window,), context),
+        "row_limit": np.full(window, context),
         "block_seq": one * 0,
-        "block_pos": torch.arange(start, context)[None],
-        "choice_row": torch.arange(start - first, context - first)[None],
+        "block_pos": np.arange(start, context)[None],
+        "choice_row": np.arange(start - first, context - first)[None],
         "iteration": one * 0,
         "entered": one * block,
-        "temperature": torch.zeros(1),
+        "temperature": np.zeros(1, np.float32),
         "seed": one * 0,
         "tick": one * 0,
         "prompt_end": one * start,
         "full": one,
-        "row_weight": torch.full((window,), 0.3),
-        **{name: torch.full((1,), value) for name, value in parameters.items()},
+        "row_weight": np.full(window, 0.3, np.float32),
+        **{name: np.full(1, value, np.float32) for name, value in parameters.items()},
     }
     return {name: known[name] for name in runner_inputs}
 
 
-def prepare(canvas: Tensor, context: int, block: int, mask_id: int, vocab: int) -> None:
+def prepare(canvas: Tensor | Array, context: int, block: int, mask_id: int, vocab: int) -> None:
     """Random tokens, the same for every contestant, and masks at random in half of the block at the end.
 
     That is a block in the middle of its decoding.  With random weights equal tokens choose nearly the same
@@ -151,7 +155,7 @@ def masks(block: int) -> int:
 
 def paired(
     contestants: Mapping[str, Step],
-    inputs: Mapping[str, Mapping[str, Tensor]],
+    inputs: Mapping[str, Mapping[str, Any]],
     reset: Callable[[], None],
     rounds: int,
 ) -> list[Row]:
@@ -202,15 +206,16 @@ def bench(
     parameters = manifest["policy"]["parameters"]
     ours = step_inputs(list(plan.inputs), context, block, block, parameters)
     contestants: dict[str, Step] = {"artifact": runner.executor.step}
-    inputs: dict[str, Mapping[str, Tensor]] = {"artifact": ours}
-    canvases = [runner.executor.state["canvas"]]
+    inputs: dict[str, Mapping[str, Any]] = {"artifact": ours}
+    canvases: list[Tensor | Array] = [runner.executor.state["canvas"]]
     for name in against:
         assert checkpoint is not None
         contestants[name], canvas = _rival(
             name, checkpoint, recorded_options(options, str(artifact))
         )
         rows = context if name == "full" else block
-        inputs[name] = step_inputs(list(ours), context, block, rows, parameters)
+        theirs = step_inputs(list(ours), context, block, rows, parameters)
+        inputs[name] = {key: tensor_of(value) for key, value in theirs.items()}
         canvases.append(canvas)
 
     def reset() -> None:
@@ -223,7 +228,7 @@ def bench(
     work = costs(text, step_facts(runner.executor, text, binding))
     touched = [one.touched for one in work if one.touched is not None]
     rows = paired(contestants, inputs, reset, rounds)
-    machine = measure(getattr(torch, model["dtype"]), threads)
+    machine = measure(model["dtype"], threads)
     times = _launch_times(runner.executor, ours, reset, rounds)
     return Table(
         rows=rows,
@@ -242,7 +247,7 @@ def bench(
 
 
 def _launch_times(
-    executor: Backend, inputs: Mapping[str, Tensor], reset: Callable[[], None], rounds: int
+    executor: Backend, inputs: Mapping[str, Array], reset: Callable[[], None], rounds: int
 ) -> list[float]:
     """Milliseconds of each launch, medians over rounds."""
     runs = []

@@ -16,7 +16,7 @@ import typer
 from dcompile.cli import compiling, generating, looking, making  # noqa: F401
 from dcompile.cli.app import app
 from dcompile.cli.words import as_typed, with_command
-from dcompile.errors import DcompileError
+from dcompile.errors import DcompileError, naming_missing
 
 __all__ = ["app", "main"]
 
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     given = with_command(given)
     try:
-        app(given, prog_name="dcompile")
+        with naming_missing(f"dcompile {given[0]}" if given else "dcompile"):
+            app(given, prog_name="dcompile")
     except DcompileError as error:
         typer.echo(f"{type(error).__name__}: {as_typed(error, given)}", err=True)
         sys.exit(1)

@@ -72,7 +72,7 @@ def explain(
 ) -> None:
     """Show the passes and kernels of an artifact, or what one pass changed."""
     from dcompile.explain.command import explain as explain_artifact
-    from dcompile.explain.command import pass_times, remarks, show
+    from dcompile.explain.command import remarks, show
 
     if graph is not None:
         from dcompile.explain.command import stage_after
@@ -83,6 +83,8 @@ def explain(
     elif kind is not None:
         typer.echo(remarks(artifact, kind, pass_name), nl=False)
     elif times is not None:
+        from dcompile.explain.times import pass_times
+
         typer.echo(pass_times(artifact, times), nl=False)
     else:
         show(explain_artifact(artifact, pass_name))

@@ -50,7 +50,7 @@ def look(executor: Launcher, binding: Binding, probes: Mapping[int, int]) -> dic
     found, at = {}, 0
     for launch, buffer in sorted(probes.items()):
         executor.launch(binding, part=(at, launch + 1))
-        found[launch] = np.asarray(binding.tensor(buffer)).copy()
+        found[launch] = binding.values(buffer).copy()
         at = launch + 1
     executor.launch(binding, part=(at, len(executor.plan.launches)))
     return found

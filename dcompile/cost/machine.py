@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from dcompile.codegen.cpu.build import build, library_headers, runnable
 from dcompile.errors import BuildError
 from dcompile.runtime import pages
 from dcompile.runtime.processor import cpu_flags
+from dcompile.runtime.weights import Array
 
 _BUFFER = 256 << 20  # what is read: at least this, and three times the last cache
 _PIECE = 16 << 20  # what one timing reads: a few milliseconds, so that a quiet one is found
@@ -35,7 +34,7 @@ class Machine:
     rate: float
 
 
-def measure(dtype: torch.dtype, threads: int) -> Machine:
+def measure(dtype: str, threads: int) -> Machine:
     """The best of many runs of the probes, as vectorised code of the best variant that runs here.
 
     The rate is float32's, or for bfloat16 that of bf16 pairs or of AMX tiles where it is higher: wherever
@@ -45,18 +44,18 @@ def measure(dtype: torch.dtype, threads: int) -> Machine:
     weights = _weights()
     pieces = range(0, weights.nbytes, _PIECE)
     reads = [
-        probe.number("probe_read", weights.data_ptr() + at, _PIECE, *way, threads)
+        probe.number("probe_read", weights.ctypes.data + at, _PIECE, *way, threads)
         for way in _WAYS
         for at in pieces
     ]
     names = ["probe_rate"]
-    if dtype == torch.bfloat16:
+    if dtype == "bfloat16":
         names += [name for name in ("probe_pairs", "probe_tiles") if probe.has(name)]
     rates = [probe.number(name, _ROUNDS, threads) for name in names for _ in range(60)]
     return Machine(_PIECE / min(reads), max(rates))
 
 
-def _weights() -> torch.Tensor:
+def _weights() -> Array:
     """What does not stay in a cache, in large pages where there are any, as weights are mapped.
 
     A buffer that the last cache holds would be read faster than weights ever are: by a fifth with the
@@ -64,7 +63,9 @@ def _weights() -> torch.Tensor:
     """
     wanted = min(max(_BUFFER, 3 * last_cache()), max(_BUFFER, _free_memory() // 4))
     size = -(-wanted // _PIECE) * _PIECE
-    return torch.from_numpy(pages.zeros(size)).fill_(1)
+    weights = pages.zeros(size)
+    weights.fill(1)
+    return weights
 
 
 def _free_memory() -> int:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dcompile.errors import RequestError
 from dcompile.runtime.decode.loop import Runner
@@ -32,9 +31,9 @@ class Scorer:
             remedy = "compile with --policy likelihood, which generates as threshold does"
             raise RequestError(what, where=str(runner.artifact.path), remedy=remedy)
         self.runner, self.limits = runner, runner.limits
-        self._canvas: Ints = np.asarray(runner.executor.state["canvas"])
-        self._wanted: Ints = np.asarray(runner.executor.state["wanted"])
-        self._told = np.asarray(runner.executor.state["told"])
+        self._canvas: Ints = runner.executor.state["canvas"]
+        self._wanted: Ints = runner.executor.state["wanted"]
+        self._told = runner.executor.state["told"]
 
     def log_likelihood(
         self, context: Sequence[int], continuation: Sequence[int], samples: int = 128
@@ -137,4 +136,4 @@ def spread_masks(length: int, samples: int, seed: int) -> npt.NDArray[np.bool_]:
 
 
 def _seed(ids: Ints) -> int:
-    return zlib.crc32(torch.from_numpy(ids).numpy().tobytes())
+    return zlib.crc32(ids.tobytes())

@@ -23,6 +23,7 @@ from dcompile.ir.show import show
 from dcompile.ir.stored import dump
 from dcompile.options import Options, WatchedOptions
 from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.tensors import arrays_of
 from dcompile.runtime.writing import ArtifactWriter
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _compile(origin: Origin, options: WatchedOptions, out: Path, progress: Progr
             writer.add_bytes(name, data)
         for name, data in origin.tokenizer.items():
             writer.add_bytes(f"tokenizer/{name}", data)
-        writer.add_weights(stored_tensors(program, code.stored, origin.read))
+        writer.add_weights(arrays_of(stored_tensors(program, code.stored, origin.read)))
         writer.finish(manifest)
     return out
 

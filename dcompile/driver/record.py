@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from dcompile.driver.pipeline import name_of
 from dcompile.ir.meta import facts
-from dcompile.ir.program import Pass, Program, Remark
+from dcompile.ir.program import Pass, Program
+from dcompile.ir.remarks import Remark
 from dcompile.ir.show import show, target_name
 
 log = logging.getLogger(__name__)

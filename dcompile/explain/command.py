@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from dcompile.driver.origin import open_origin, trace_origin
-from dcompile.driver.pipeline import run
-from dcompile.driver.record import Recorder
-from dcompile.driver.settle import settle
 from dcompile.errors import ArtifactError, OptionError
 from dcompile.explain.kernels import kernel_table
-from dcompile.ir.program import Remark
-from dcompile.options import Options, recorded_options
+from dcompile.ir.remarks import Remark
+from dcompile.options import Options
 from dcompile.runtime.artifact import Artifact, open_artifact
 from dcompile.runtime.decode.caches import cache_policy
 from dcompile.untrusted import parse_json
@@ -138,24 +133,6 @@ def _diff(artifact: Artifact, stages: list[str], at: int) -> str:
         return artifact.text(stages[0])
     before, after = (artifact.text(s).splitlines(keepends=True) for s in stages[at - 1 : at + 1])
     return "".join(difflib.unified_diff(before, after, stages[at - 1], stages[at], n=1))
-
-
-def pass_times(path: str | Path, checkpoint: Path) -> str:
-    """The passes run again over the checkpoint's graph, timed: an artifact holds no times, so that
-    the same compile gives the same bytes."""
-    recorded = open_artifact(Path(path), verify=False).manifest["options"]
-    given = recorded_options(recorded, str(path))
-    origin = open_origin(checkpoint, given)
-    settled = settle(given, origin.spec)
-    start = time.perf_counter()
-    program = trace_origin(origin, settled, lambda text: None)
-    lines = [f"{'pass':24}{'places':>6}{'nodes':>8}{'ms':>9}"]
-    lines.append(f"{'trace':30}{len(program.nodes()):8}{(time.perf_counter() - start) * 1e3:9.1f}")
-    recorder = Recorder()
-    run(program, settled.options, recorder)
-    for r in recorder.records:
-        lines.append(f"{r.name:24}{r.changed:6}{r.nodes_after:8}{r.seconds * 1e3:9.1f}")
-    return "\n".join(lines) + "\n"
 
 
 def show(text: str) -> None:

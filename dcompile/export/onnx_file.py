@@ -18,6 +18,7 @@ from dcompile.export.onnx_model import onnx_model
 from dcompile.export.source import Source, facts
 from dcompile.export.step import Entry, portable
 from dcompile.ir.stored import StoredInput
+from dcompile.runtime.tensors import array_of
 from dcompile.runtime.weights import raw
 
 INLINE_BYTES = (2 << 30) - (64 << 20)
@@ -98,7 +99,10 @@ def _bytes(value: onnx_ir.Value) -> int:
 
 def _inside(tensor: Tensor, name: str) -> onnx_ir.TensorProtocol:
     proto = onnx.TensorProto(
-        name=name, data_type=_TYPES[tensor.dtype], dims=tensor.shape, raw_data=bytes(raw(tensor))
+        name=name,
+        data_type=_TYPES[tensor.dtype],
+        dims=tensor.shape,
+        raw_data=bytes(raw(array_of(tensor))),
     )
     return onnx_ir.serde.deserialize_tensor(proto)
 
@@ -108,7 +112,7 @@ def _outside(
 ) -> onnx_ir.TensorProtocol:
     file.write(bytes(-file.tell() % _PAGE))
     offset = file.tell()
-    length = file.write(raw(tensor))
+    length = file.write(raw(array_of(tensor)))
     return onnx_ir.ExternalTensor(
         location,
         offset,

@@ -28,6 +28,7 @@ from dcompile.ir.sizes import evaluate
 from dcompile.ir.stored import StoredInput, StoredProgram
 from dcompile.options import Options
 from dcompile.runtime.artifact import Artifact, open_artifact
+from dcompile.runtime.tensors import tensor_of
 
 PROGRAM = "program.json"
 _TOKENIZER = "tokenizer/"
@@ -99,7 +100,7 @@ def _unpacked(artifact: Artifact, item: StoredInput) -> Tensor:
     if item.tensor is None or item.tensor not in artifact.tensors:
         what = f"the artifact lacks the tensor of {item.name!r}"
         raise ArtifactError(what, where=str(artifact.path), remedy="compile the model again")
-    held = artifact.weights(item.tensor)
+    held = tensor_of(artifact.weights(item.tensor))
     shape = [evaluate(size, {}) for size in item.shape]
     if item.layout == "plain":
         return held.reshape(shape)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
+from dcompile.ir.remarks import Remark
 from dcompile.ir.weights import Recipe
 
 
@@ -54,19 +55,6 @@ class Output:
 
     name: str
     state: str | None = None
-
-
-@dataclass(frozen=True)
-class Remark:
-    """Why a pass left a place alone, or what it made there, in a sentence for the user.
-
-    A pass says what it missed; what it made the pipeline sees.
-    """
-
-    pass_name: str
-    where: str
-    text: str
-    kind: Literal["missed", "passed"] = "missed"
 
 
 @dataclass(frozen=True)

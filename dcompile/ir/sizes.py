@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import sympy
-import torch
+from typing import TYPE_CHECKING
 
 from dcompile.errors import DataDependentShape, UnsupportedModel
 
+if TYPE_CHECKING:  # what only evaluates sizes needs neither
+    import sympy
+    import torch
+
+    Dim = int | torch.SymInt
+
 Size = int | dict[str, int]  # 7, or {"R": 64, "": 7} for 64 R + 7
-Dim = int | torch.SymInt
 
 
 def expression(dim: Dim) -> sympy.Expr:
+    import sympy
+
     return sympy.Integer(dim) if isinstance(dim, int) else dim.node.expr
 
 
@@ -26,7 +32,7 @@ def size_of(dim: Dim, symbols: dict[str, str]) -> Size:
     expr = dim.node.expr
     if expr.is_Symbol and str(expr) in symbols:
         return {symbols[str(expr)]: 1}
-    expr = sympy.expand(expr)
+    expr = expr.expand()
     if expr.is_number:
         return int(expr)
     out: dict[str, int] = {}

@@ -10,8 +10,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from dcompile.cost.call import Facts
 from dcompile.cost.cuda import described
 from dcompile.cost.looking import chosen, probes
@@ -128,8 +126,7 @@ def _machine(runner: Runner) -> Machine:
 
         assert isinstance(runner.executor, CudaExecutor)
         return Machine(runner.executor.bandwidth(), UNKNOWN_RATE)
-    dtype = getattr(torch, runner.artifact.manifest["model"]["dtype"])
-    return measure(dtype, runner.executor.threads)
+    return measure(runner.artifact.manifest["model"]["dtype"], runner.executor.threads)
 
 
 def _timed(runner: Runner, request: Request) -> Round:

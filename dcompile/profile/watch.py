@@ -93,7 +93,7 @@ class Observer:
 
     def launch(self, binding: Binding, prompts: Mapping[int, int]) -> None:
         canvas = self._executor.state["canvas"]
-        before = np.asarray(canvas).copy()
+        before = canvas.copy()
         probes = look(self._executor, binding, self._probes)
         arrays = binding.arrays
         zeros = np.zeros(binding.R, dtype=np.int64)
@@ -107,7 +107,7 @@ class Observer:
                 row_limit=arrays.get("row_limit", zeros).copy(),
                 chosen=_copy(arrays.get("choice_row")),
                 before=before,
-                after=np.asarray(canvas).copy(),
+                after=canvas.copy(),
                 confidence=_confidence(binding, before.shape),
                 probes=probes,
                 resident=resident_bytes(),
@@ -123,7 +123,7 @@ def _confidence(binding: Binding, shape: Sequence[int]) -> Floats:
     out = np.full(tuple(shape), np.nan)
     place, arrays = binding.plan.outputs.get("confidence"), binding.arrays
     if place is not None and {"block_seq", "block_pos"} <= arrays.keys():
-        out[arrays["block_seq"][:, None], arrays["block_pos"]] = np.asarray(binding.tensor(place))
+        out[arrays["block_seq"][:, None], arrays["block_pos"]] = binding.values(place)
     return out
 
 

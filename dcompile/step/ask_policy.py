@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcompile.errors import DcompileError, PolicyError
-from dcompile.ir.sizes import Dim, is_static
+from dcompile.ir.sizes import is_static
 from dcompile.policies.base import Choice, Decision, Policy, blame
 
 RETURNS = "return bool [B, n], or Decision(commit, ...); docs/decoding.md has what each field is"
@@ -67,7 +67,11 @@ def _call(policy: Policy, function: Callable[..., Any], *arguments: object) -> A
 
 
 def _hold(
-    policy: Policy, field: str, made: object, shape: Sequence[Dim], dtype: torch.dtype
+    policy: Policy,
+    field: str,
+    made: object,
+    shape: Sequence[int | torch.SymInt],
+    dtype: torch.dtype,
 ) -> None:
     wanted = f"{_name(dtype)} {_sizes(shape)}"
     if not isinstance(made, Tensor):
@@ -78,7 +82,7 @@ def _hold(
         raise _departs(policy, f"returns {field} as {got}, not {wanted}")
 
 
-def _agree(a: Dim, b: Dim) -> bool:
+def _agree(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Two sizes that are both of the batch are the same one, which the trace may not know yet."""
     if is_static(a) and is_static(b):
         return int(a) == int(b)
@@ -101,6 +105,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _sizes(shape: Sequence[Dim]) -> str:
+def _sizes(shape: Sequence[int | torch.SymInt]) -> str:
     """[B, 8]: what is not static is the batch."""
     return f"[{', '.join(str(int(d)) if is_static(d) else 'B' for d in shape)}]"

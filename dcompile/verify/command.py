@@ -30,6 +30,7 @@ from dcompile.runtime.backend import Backend
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.opening import open_backend
 from dcompile.runtime.state import Binding
+from dcompile.runtime.tensors import array_of, tensor_of
 from dcompile.untrusted import parse_json
 from dcompile.verify.kernels import compare_kernels
 from dcompile.verify.stages import TOLERANCE, Case, Recorded, Stages, cases, distance
@@ -152,7 +153,7 @@ def compare_tensors(artifact: Artifact, made: Compiled) -> str:
         )
     count = 0
     for name, wanted in stored_tensors(made.program, made.lowered.stored, made.origin.read):
-        _same_bits(name, wanted, artifact.weights(name), _layer(made, name))
+        _same_bits(name, wanted, tensor_of(artifact.weights(name)), _layer(made, name))
         count += wanted.numel()
     return f"{len(stored)} tensors, {count:,} values: equal\n"
 
@@ -254,7 +255,7 @@ def compare_layers(runner: Runner, made: Compiled) -> str:
         outputs = _prepare(runner.executor, made, case)
         runner.executor.launch(outputs)
         live = wanted["live"]
-        got = outputs.outputs["confidence"]
+        got = tensor_of(outputs.outputs["confidence"])
         whole = max(whole, distance(got[live], wanted["confidence"][live]))
     if not whole <= TOLERANCE[made.program.shape.dtype]:
         raise VerificationError(
@@ -274,8 +275,8 @@ def _prepare(executor: Backend, made: Compiled, case: Case) -> Binding:
     """The artifact's buffers with a case's inputs in them."""
     values = _arguments(made, case)
     for name in executor.state:
-        executor.put(name, values[name])
-    return executor.fill({n: values[n] for n in executor.plan.inputs})
+        executor.put(name, array_of(values[name]))
+    return executor.fill({n: array_of(values[n]) for n in executor.plan.inputs})
 
 
 def _arguments(made: Compiled, case: Case) -> dict[str, Tensor]:
@@ -294,16 +295,16 @@ def _compare_launches(executor: Backend, made: Compiled, case: Case) -> float:
         text = made.lowered.plan["launches"][index]
         for node, buffer in _reads(launch, text["args"]):
             value = recorded.values.get(node)
-            target = binding.tensor(buffer)
-            if value is not None and value.numel() == target.numel():
-                binding.put(buffer, value.reshape(target.shape))
+            target = binding.values(buffer)
+            if value is not None and value.numel() == target.size:
+                binding.put(buffer, array_of(value).reshape(target.shape))
         executor.launch(binding, part=(index, index + 1))
         for node, buffer in _writes(launch, text["writes"]):
             value = recorded.values.get(node)
             # What is decided outside of layers, rounding may decide otherwise; by what, is compared.
             if value is None or (not value.is_floating_point() and text["layer"] is None):
                 continue
-            away = distance(binding.tensor(buffer).reshape(value.shape), value)
+            away = distance(tensor_of(binding.values(buffer)).reshape(value.shape), value)
             allowed = limit if value.is_floating_point() else _FEW
             if not away <= allowed:
                 layer = text["layer"]

@@ -1,21 +1,18 @@
-"""Launches a plan: a native region is one call into the artifact's code, the rest is torch."""
+"""Launches a plan: a native region is one call into the artifact's code, the rest is `aten.py`'s."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from dcompile.errors import ArtifactError, ContractError
+from dcompile.errors import ArtifactError, naming_missing
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.backend import Backend
 from dcompile.runtime.cpu.abi import Kernel, read_kernels
@@ -23,7 +20,7 @@ from dcompile.runtime.cpu.checks import check_launches
 from dcompile.runtime.plan import Launch, Size
 from dcompile.runtime.state import Binding, Memory
 from dcompile.runtime.turns import Bools, Turns, repeat
-from dcompile.runtime.weights import DTYPES
+from dcompile.runtime.weights import Array
 
 Int64s = npt.NDArray[np.int64]
 # Below this, waiting for a second thread costs more than it computes (seen: 0.9 ms alone, 19 with two
@@ -40,37 +37,6 @@ class NativeCall:
 
     launches: Int64s
     arguments: Int64s
-
-
-@dataclass(frozen=True)
-class TorchCall:
-    operator: Callable[..., Any]
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    writes: tuple[torch.Tensor | None, ...]
-    name: str
-
-    def __call__(self) -> None:
-        where = f"launch {self.name} ({self.operator})"
-        try:
-            results = self.operator(*self.args, **self.kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            first = str(error).partition("\n")[0]
-            what = f"the plan is damaged: torch refuses an operator's arguments: {first}"
-            raise ArtifactError(what, where=where, remedy="compile the model again") from error
-        if not isinstance(results, (tuple, list)):
-            results = (results,)
-        for result, target in zip(results, self.writes, strict=False):
-            if target is None:
-                continue
-            if not isinstance(result, torch.Tensor) or result.shape != target.shape:
-                tensor = isinstance(result, torch.Tensor)
-                have = list(result.shape) if tensor else type(result).__name__
-                what = f"it gave {have} for a buffer of {list(target.shape)}"
-                raise ContractError(what, where=where)
-            # An operator that wrote in place returns what is already there.
-            if result.data_ptr() != target.data_ptr():
-                target.copy_(result)
 
 
 class Executor(Backend):
@@ -92,6 +58,8 @@ class Executor(Backend):
         self.threads = threads or _default_threads(artifact)
         self._poison = poison
         self._libraries = [_load(artifact, name) for name in artifact.kernel_files]
+        foreign = [launch for launch in self.plan.launches if not launch.native]
+        self._aten: Any = _import_aten(foreign[0]) if foreign else None
         self._operators = [self._resolve(launch) for launch in self.plan.launches]
         check_launches(
             self.plan,
@@ -115,7 +83,7 @@ class Executor(Backend):
         ]
 
     @property
-    def state(self) -> Mapping[str, torch.Tensor]:
+    def state(self) -> Mapping[str, Array]:
         return self.memory.state
 
     def bind(self, R: int, B: int) -> Binding:
@@ -125,7 +93,9 @@ class Executor(Backend):
             binding.calls = [
                 next(templates).bind(binding)
                 if kind == "native"
-                else self._torch_calls(binding, start, end)
+                else self._aten.bind(
+                    binding, self.plan.launches[start:end], self._operators[start:end]
+                )
                 for kind, start, end in self.plan.regions
             ]
         return binding
@@ -138,7 +108,7 @@ class Executor(Backend):
     ) -> None:
         first, last = part or (0, len(self.plan.launches))
         if self._poison and first == 0:
-            binding.arena.fill_(_POISON)
+            binding.arena.fill(_POISON)
         self._set_threads(self.threads)
         for (_, begin, stop), call in zip(self.plan.regions, binding.calls, strict=True):
             start, end = max(begin, first), min(stop, last)
@@ -146,7 +116,8 @@ class Executor(Backend):
                 continue
             if not isinstance(call, NativeCall):
                 calls = call[start - begin : end - begin]
-                self._run_torch(calls, None if seconds is None else seconds[start:end])
+                times = None if seconds is None else seconds[start:end]
+                self._aten.run(calls, self.threads, times)
             elif seconds is None:
                 self._run(call.launches[start - begin :].ctypes.data, end - start)
             else:
@@ -154,11 +125,11 @@ class Executor(Backend):
                 self._run_timed(call.launches[start - begin :].ctypes.data, end - start, address)
 
     def repeat(self, binding: Binding, turns: int) -> Turns:
-        done = binding.tensor(self.plan.outputs["done"])
+        done = binding.values(self.plan.outputs["done"])
 
         def step() -> Bools:
             self.launch(binding)
-            return done.numpy().astype(np.bool_)
+            return done.astype(np.bool_)
 
         return repeat(step, binding.arrays, turns, self.check_every, self.wanted)
 
@@ -169,66 +140,20 @@ class Executor(Backend):
         """Here the host reads what the step wrote."""
 
     def clear(self, name: str, slot: int) -> None:
-        self.memory.state[name][slot].zero_()
+        self.memory.state[name][slot] = 0
 
-    def put(self, name: str, value: torch.Tensor) -> None:
-        self.memory.state[name].copy_(value)
-
-    def _run_torch(self, calls: list[TorchCall], seconds: npt.NDArray[np.float64] | None) -> None:
-        with torch.inference_mode(), _torch_threads(self.threads):
-            for index, call in enumerate(calls):
-                began = perf_counter() if seconds is not None else 0.0
-                call()
-                if seconds is not None:
-                    seconds[index] = perf_counter() - began
-
-    def _torch_calls(self, binding: Binding, start: int, end: int) -> list[TorchCall]:
-        def value(arg: Any) -> Any:
-            if isinstance(arg, list):
-                return [value(item) for item in arg]
-            if not isinstance(arg, dict):
-                return arg
-            ((kind, inner),) = arg.items()
-            if kind == "b":
-                return None if inner is None else binding.tensor(inner)
-            if kind == "i":
-                return inner(binding.R, binding.B)
-            return DTYPES[inner] if kind == "dtype" else inner
-
-        return [
-            TorchCall(
-                operator,
-                [value(arg) for arg in launch.args],
-                {key: value(arg) for key, arg in launch.kwargs.items()},
-                tuple(None if i is None else binding.tensor(i) for i in launch.writes),
-                launch.name,
-            )
-            for launch, operator in zip(
-                self.plan.launches[start:end], self._operators[start:end], strict=True
-            )
-        ]
+    def put(self, name: str, value: Array) -> None:
+        self.memory.state[name][...] = value
 
     def _resolve(self, launch: Launch) -> Any:
-        """A kernel's address, or a torch operator."""
-        if launch.native:
-            for library in self._libraries:
-                if hasattr(library, launch.kernel):
-                    return ctypes.cast(getattr(library, launch.kernel), ctypes.c_void_p).value
-            what = f"the plan launches kernel {launch.kernel!r}, which the artifact lacks"
-            raise ArtifactError(what, where=launch.name, remedy="compile the model again")
-        try:
-            namespace, name, overload = launch.kernel.split(".")
-            if namespace != "aten":
-                raise AttributeError(namespace)
-            operator = getattr(getattr(torch.ops.aten, name), overload)
-        except (AttributeError, ValueError) as error:
-            what = f"torch {torch.__version__} has no operator {launch.kernel!r}"
-            remedy = "compile the model again with this torch"
-            raise ArtifactError(what, where=launch.name, remedy=remedy) from error
-        if not isinstance(operator, torch._ops.OpOverload) or not _is_plain(operator, launch):
-            what = f"{launch.kernel} is no operator that computes a value from others"
-            raise ArtifactError(what, where=launch.name, remedy="compile the model again")
-        return operator
+        """A kernel's address, or an operator of torch."""
+        if not launch.native:
+            return self._aten.resolve(launch)
+        for library in self._libraries:
+            if hasattr(library, launch.kernel):
+                return ctypes.cast(getattr(library, launch.kernel), ctypes.c_void_p).value
+        what = f"the plan launches kernel {launch.kernel!r}, which the artifact lacks"
+        raise ArtifactError(what, where=launch.name, remedy="compile the model again")
 
     def _function(self, name: str, *types: Any) -> Callable[..., None]:
         for library in self._libraries:
@@ -270,38 +195,11 @@ class _Template:
         return NativeCall(launches, arguments)
 
 
-# By name, for what they do besides: read a file, move a tensor's memory, trust their caller.
-_UNSAFE = {"from_file", "set_data", "record_stream", "empty_strided", "data"}
-_MOVING = ("set_", "resize_", "resize_as_", "as_strided_", "swap", "rename_")
-
-
-def _is_plain(operator: torch._ops.OpOverload, launch: Launch) -> bool:
-    """Whether an operator is meant for any arguments, and changes only what the launch writes."""
-    schema = operator._schema
-    name = schema.name.removeprefix("aten::")
-    spelled = name.startswith("__") and name.endswith("__")  # an operator of Python: `>>`, `&`
-    hidden = name.startswith("_") and not spelled
-    private = hidden and torch.Tag.core not in operator.tags and name not in _PRIVATE
-    if private or name in _UNSAFE or name.startswith(_MOVING):
-        return False
-    given = dict(zip((a.name for a in schema.arguments), launch.args, strict=False))
-    given |= launch.kwargs
-    return all(
-        isinstance(given.get(a.name), dict) and given[a.name].get("b") in launch.writes
-        for a in schema.arguments
-        if a.alias_info is not None and a.alias_info.is_write
-    )
-
-
-# Private in torch, and all the same what export writes down for a public function.
-_PRIVATE = {
-    "_to_copy",
-    "_softmax",
-    "_log_softmax",
-    "_unsafe_view",
-    "_unsafe_index",
-    "_assert_async",
-}
+def _import_aten(launch: Launch) -> Any:
+    """The module that runs ATen launches, and torch with it; raises MissingPackage."""
+    with naming_missing(f"launch {launch.name} ({launch.kernel})"):
+        from dcompile.runtime.cpu import aten
+    return aten
 
 
 def _kernels(libraries: Sequence[ctypes.CDLL], where: str) -> dict[str, Kernel]:
@@ -345,19 +243,6 @@ def _default_threads(artifact: Artifact) -> int:
     if sum(entry.bytes for entry in artifact.tensors.values()) < _SMALL_MODEL:
         return 1
     return len(os.sched_getaffinity(0))
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if before == threads:
-        yield
-        return
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _ignore(threads: int) -> None:

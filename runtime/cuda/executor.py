@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dcompile.errors import ArtifactError, DeviceError
 from dcompile.runtime.artifact import Artifact
@@ -29,6 +28,7 @@ from dcompile.runtime.cuda.table import SCALARS, Argument
 from dcompile.runtime.plan import Launch
 from dcompile.runtime.state import Binding
 from dcompile.runtime.turns import Turns
+from dcompile.runtime.weights import Array
 
 Floats = npt.NDArray[np.float64]
 _HASTY = 1 << 30
@@ -78,10 +78,10 @@ class CudaExecutor(Backend):
         """How many graphs were launched, for who counts."""
 
     @property
-    def state(self) -> Mapping[str, torch.Tensor]:
+    def state(self) -> Mapping[str, Array]:
         return self.memory.state
 
-    def fill(self, inputs: Mapping[str, torch.Tensor]) -> Binding:
+    def fill(self, inputs: Mapping[str, Array]) -> Binding:
         """As on the processor; the host's state is brought over."""
         binding = super().fill(inputs)
         self.memory.state.push()
@@ -164,7 +164,7 @@ class CudaExecutor(Backend):
     def clear(self, name: str, slot: int) -> None:
         self.memory.state.clear(name, slot)
 
-    def put(self, name: str, value: torch.Tensor) -> None:
+    def put(self, name: str, value: Array) -> None:
         self.memory.state.put(name, value)
         self.device.wait()
 

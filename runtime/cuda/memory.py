@@ -12,7 +12,6 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 
 from dcompile.runtime import weights
 from dcompile.runtime.artifact import Artifact
@@ -20,7 +19,7 @@ from dcompile.runtime.cuda.device import Bytes, Device
 from dcompile.runtime.plan import Plan
 from dcompile.runtime.state import Binding, BoundMemory
 from dcompile.runtime.turns import Flag
-from dcompile.runtime.weights import ALIGN, DTYPES
+from dcompile.runtime.weights import ALIGN, DTYPES, Array
 
 LOOP = ("limit", "turn", "go", "finished", "performed")
 """The loop's own memory, in the order in which it lies behind the inputs.
@@ -52,18 +51,18 @@ class DeviceBinding(Binding):
     used: int = 0
     """How often it was run."""
 
-    def tensor(self, index: int) -> torch.Tensor:
+    def values(self, index: int) -> Array:
         """A copy of a buffer's values, now."""
         return self._copy(index)[1]
 
-    def put(self, index: int, value: torch.Tensor) -> None:
+    def put(self, index: int, value: Array) -> None:
         assert self.device is not None
         whole, part = self._copy(index)
-        part.copy_(value)
-        self.device.upload(self.address(index), whole.data_ptr(), whole.numel() * whole.itemsize)
+        part[...] = value
+        self.device.upload(self.address(index), whole.ctypes.data, whole.nbytes)
         self.device.wait()
 
-    def _copy(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _copy(self, index: int) -> tuple[Array, Array]:
         """What lies from a buffer's first to its last element, and the buffer in it."""
         buffer = self.plan.buffers[index]
         shape, dtype = buffer.extent(self.R, self.B), DTYPES[buffer.dtype]
@@ -71,11 +70,14 @@ class DeviceBinding(Binding):
         span = prod(shape)
         if buffer.kind == "view":
             span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if span else 0
-        out = torch.empty(span, dtype=dtype)
+        whole = np.empty(span * dtype.itemsize, np.uint8)
         assert self.device is not None
-        self.device.download(out.data_ptr(), self.address(index), span * dtype.itemsize)
+        self.device.download(whole.ctypes.data, self.address(index), whole.nbytes)
         self.device.wait()
-        return out, out.as_strided(shape, strides) if buffer.kind == "view" else out.reshape(shape)
+        if buffer.kind != "view":
+            return whole, whole.view(dtype).reshape(shape)
+        steps = [stride * dtype.itemsize for stride in strides]
+        return whole, np.ndarray(shape, dtype, whole.data, 0, steps)
 
     def _place(self, index: int) -> int | None:
         return self.places.get(index)
@@ -84,7 +86,7 @@ class DeviceBinding(Binding):
         return self.base
 
 
-class Mirrors(Mapping[str, torch.Tensor]):
+class Mirrors(Mapping[str, Array]):
     """State by name: what the host reads and writes has a copy there, pushed and pulled slot by slot.
 
     Of the others (keys and values, mixtures of smoothing) one gets a copy as they are now.
@@ -93,22 +95,21 @@ class Mirrors(Mapping[str, torch.Tensor]):
     def __init__(self, plan: Plan, device: Device, addresses: Mapping[str, int]) -> None:
         self._plan, self._device, self._addresses = plan, device, addresses
         self._pinned: list[int] = []
-        self._held: dict[str, torch.Tensor] = {}
+        self._held: dict[str, Array] = {}
         for name in plan.holding(*_VISIBLE):
             buffer = plan.buffers[plan.state[name]]
             size = buffer.bytes(1, 1)
             address, view = device.pinned(size)
             self._pinned.append(address)
             dtype = DTYPES[buffer.dtype]
-            flat = torch.from_numpy(view)[:size].view(dtype)
-            self._held[name] = flat.reshape(buffer.extent(1, 1))
+            self._held[name] = view[:size].view(dtype).reshape(buffer.extent(1, 1))
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Array:
         if name in self._held:
             return self._held[name]
         buffer = self._plan.buffers[self._plan.state[name]]
-        out = torch.empty(buffer.extent(1, 1), dtype=DTYPES[buffer.dtype])
-        self._device.download(out.data_ptr(), self._addresses[name], buffer.bytes(1, 1))
+        out = np.empty(buffer.extent(1, 1), DTYPES[buffer.dtype])
+        self._device.download(out.ctypes.data, self._addresses[name], buffer.bytes(1, 1))
         self._device.wait()
         return out
 
@@ -132,16 +133,17 @@ class Mirrors(Mapping[str, torch.Tensor]):
         size = buffer.bytes(1, 1) // buffer.extent(1, 1)[0]
         self._device.fill(self._addresses[name] + slot * size, 0, size)
         if name in self._held:
-            self._held[name][slot].zero_()
+            self._held[name][slot] = 0
 
-    def put(self, name: str, value: torch.Tensor) -> None:
+    def put(self, name: str, value: Array) -> None:
         """Give a whole state another value, on both sides."""
         buffer = self._plan.buffers[self._plan.state[name]]
-        whole = torch.empty(buffer.extent(1, 1), dtype=DTYPES[buffer.dtype]).copy_(value)
-        self._device.upload(self._addresses[name], whole.data_ptr(), buffer.bytes(1, 1))
+        whole = np.empty(buffer.extent(1, 1), DTYPES[buffer.dtype])
+        whole[...] = value
+        self._device.upload(self._addresses[name], whole.ctypes.data, whole.nbytes)
         self._device.wait()
         if name in self._held:
-            self._held[name].copy_(whole)
+            self._held[name][...] = whole
 
     def close(self) -> None:
         self._held.clear()
@@ -149,10 +151,9 @@ class Mirrors(Mapping[str, torch.Tensor]):
             self._device.free_pinned(address)
 
     def _each(self, slot: int | None, copy: Callable[[int, int, int], None]) -> None:
-        for name, tensor in self._held.items():
-            part, at = (tensor, 0) if slot is None else (tensor[slot], slot)
-            size = part.numel() * part.element_size()
-            copy(part.data_ptr(), self._addresses[name] + at * size, size)
+        for name, held in self._held.items():
+            part, at = (held, 0) if slot is None else (held[slot : slot + 1], slot)
+            copy(part.ctypes.data, self._addresses[name] + at * part.nbytes, part.nbytes)
 
 
 class DeviceMemory(BoundMemory[DeviceBinding]):
@@ -211,10 +212,10 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
         entry = artifact.tensors[buffer.tensor]
         size = buffer.bytes(1, 1)
         # The plan's shape is how kernels read the bytes; the file has at least as many.
-        as_read = weights.Entry(entry.file, torch.uint8, (size,), entry.start, size)
-        data = weights.tensor(artifact.bytes(entry.file), as_read)
+        as_read = weights.Entry(entry.file, DTYPES["u8"], (size,), entry.start, size)
+        data = weights.mapped(artifact.bytes(entry.file), as_read)
         address = self._allocate(size, f"weight {buffer.tensor}")
-        self.device.upload(address, data.data_ptr(), size)
+        self.device.upload(address, data.ctypes.data, size)
         return address
 
     def _grow(self, end: int, R: int, B: int) -> None:
@@ -250,22 +251,21 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
         place = self.device.allocate(at, "inputs")
         begin = pieces["loop finished"][0]
         answer, answered = self.device.pinned(at - begin)
-        tensors: dict[str, torch.Tensor] = {}
+        arrays: dict[str, Array] = {}
         places = {**self._places, **{i: address for i, (address, _) in self._zeroed.items()}}
         for name, index in self.plan.inputs.items():
             buffer = self.plan.buffers[index]
-            flat = torch.from_numpy(_part(view, pieces[name])).view(DTYPES[buffer.dtype])
-            tensors[name] = flat.reshape(buffer.extent(R, B))
+            flat = _part(view, pieces[name]).view(DTYPES[buffer.dtype])
+            arrays[name] = flat.reshape(buffer.extent(R, B))
             places[index] = place + pieces[name][0]
         binding = DeviceBinding(
             plan=self.plan,
             R=R,
             B=B,
-            arena=torch.empty(0, dtype=torch.uint8),
+            arena=np.empty(0, np.uint8),
             offsets=offsets,
             fixed={},
-            inputs=tensors,
-            arrays={name: np.asarray(tensor) for name, tensor in tensors.items()},
+            arrays=arrays,
             device=self.device,
             places=places,
             base=self._arena,
@@ -290,7 +290,6 @@ class DeviceMemory(BoundMemory[DeviceBinding]):
         self.on_drop(binding)
         for name in (*binding.arrays,):
             binding.arrays[name] = binding.arrays[name].copy()
-        binding.inputs.clear()
         self.device.free_pinned(binding.staging[0])
         self.device.free_pinned(binding.results[0])
         self.device.free(binding.staging[1])

@@ -126,7 +126,7 @@ class Stepper:
 
         def step() -> Bools:
             watch.launch(binding, served)
-            return np.asarray(binding.tensor(done)).copy()
+            return binding.values(done).copy()
 
         return repeat(step, binding.arrays, turns, wanted=self._executor.wanted)
 
@@ -134,8 +134,8 @@ class Stepper:
 def _note_confidences(binding: Binding, parts: Sequence[Part]) -> None:
     """Keep those with which the iteration committed tokens."""
     outputs = binding.plan.outputs
-    found = np.asarray(binding.tensor(outputs["confidence"]))
-    commit = np.asarray(binding.tensor(outputs["commit"])) != 0
+    found = binding.values(outputs["confidence"])
+    commit = binding.values(outputs["commit"]) != 0
     place = 0
     for part in parts:
         for block in part.blocks:

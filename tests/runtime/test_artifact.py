@@ -236,10 +236,10 @@ def test_a_flipped_bit_is_found_or_harmless(
 
 def test_weights_are_mapped_in_place(path: Path) -> None:
     artifact = open_artifact(path)
-    assert all(artifact.weights(name).data_ptr() % 64 == 0 for name in artifact.tensors)
-    assert artifact.weights("weight").data_ptr() == artifact.weights("weight").data_ptr()
+    assert all(artifact.weights(name).ctypes.data % 64 == 0 for name in artifact.tensors)
+    assert artifact.weights("weight").ctypes.data == artifact.weights("weight").ctypes.data
     maps = Path("/proc/self/maps").read_text().splitlines()
-    address = artifact.weights("weight").data_ptr()
+    address = artifact.weights("weight").ctypes.data
     (line,) = [
         line
         for line in maps
@@ -312,16 +312,19 @@ def test_refuses_code_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_all_dtypes_come_back(tmp_path: Path, code: bytes) -> None:
     from dcompile.runtime.artifact import write_artifact
-    from dcompile.runtime.weights import DTYPES
+    from dcompile.runtime.tensors import TORCH, arrays_of, tensor_of
 
-    tensors = {name: torch.arange(5).to(dtype) for name, dtype in DTYPES.items()}
+    tensors = {name: torch.arange(5).to(dtype) for name, dtype in TORCH.items()}
     tensors |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "weight": torch.ones(3)}
     tensors["strided"] = torch.arange(12.0).reshape(3, 4).T
     path = tmp_path / "a"
     files = {"kernels/any.so": code}
-    write_artifact(path, toy.manifest(Toy()), toy.plan(Toy()), tensors.items(), files)
+    arrays = arrays_of(tensors.items())
+    write_artifact(path, toy.manifest(Toy()), toy.plan(Toy()), arrays, files)
     artifact = open_artifact(path)
-    assert all(torch.equal(artifact.weights(name), tensor) for name, tensor in tensors.items())
+    held = {name: tensor_of(artifact.weights(name)) for name in tensors}
+    assert all(held[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
     from safetensors.torch import load_file
 
     (file,) = (path / "weights").iterdir()

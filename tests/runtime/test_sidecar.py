@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 import toy
 from toy import Toy
 
@@ -30,7 +32,7 @@ def write(path: Path, code: bytes, size: int = 3) -> Path:
             if not name.startswith("weights/"):
                 writer.add_bytes(name, artifact.bytes(name))
         tensors = {name: artifact.weights(name) for name in artifact.tensors}
-        writer.add_weights((tensors | {"large": torch.ones(size)}).items())
+        writer.add_weights((tensors | {"large": np.ones(size, np.float32)}).items())
         owned = ("format", "files", "sha256")
         writer.finish({k: v for k, v in artifact.manifest.items() if k not in owned})
     whole.unlink()
@@ -104,8 +106,8 @@ def test_equal_weights_share_a_folder_and_nothing_is_left(path: Path, code: byte
 def test_a_broken_write_leaves_the_old(path: Path, code: bytes) -> None:
     folder = write(path, code)
 
-    def failing() -> Iterator[tuple[str, torch.Tensor]]:
-        yield "weight", torch.zeros(3)
+    def failing() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        yield "weight", np.zeros(3, np.float32)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), ArtifactWriter(path, external=True) as writer:
@@ -115,7 +117,7 @@ def test_a_broken_write_leaves_the_old(path: Path, code: bytes) -> None:
 
 
 READER = """
-import sys, torch
+import sys
 from dcompile.runtime.artifact import open_artifact
 tensor = open_artifact(sys.argv[1]).weights("large")
 print(float(tensor.sum()), flush=True)

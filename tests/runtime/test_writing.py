@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 import toy
 from toy import Toy
 
@@ -22,7 +24,7 @@ from dcompile.runtime.sidecar import temporary
 FORMS = pytest.mark.parametrize("name", ["out.dcx", "out"])
 
 
-def write(path: Path, tensors: Iterator[tuple[str, torch.Tensor]], code: bytes) -> None:
+def write(path: Path, tensors: Iterator[tuple[str, npt.NDArray[Any]]], code: bytes) -> None:
     files = {"kernels/any.so": code}
     write_artifact(path, toy.manifest(Toy()), toy.plan(Toy()), tensors, files)
 
@@ -32,8 +34,8 @@ def write(path: Path, tensors: Iterator[tuple[str, torch.Tensor]], code: bytes) 
 def test_an_interrupted_write_leaves_nothing(
     error: type[BaseException], name: str, tmp_path: Path, code: bytes
 ) -> None:
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        yield "weight", torch.ones(3)
+    def tensors() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        yield "weight", np.ones(3, np.float32)
         raise error
 
     with pytest.raises(error):
@@ -43,8 +45,8 @@ def test_an_interrupted_write_leaves_nothing(
 
 @FORMS
 def test_an_interrupted_write_leaves_the_old_one(name: str, tmp_path: Path, code: bytes) -> None:
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        yield "weight", torch.ones(3)
+    def tensors() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        yield "weight", np.ones(3, np.float32)
         raise KeyboardInterrupt
 
     toy.write(tmp_path / name, Toy(), code)
@@ -52,7 +54,7 @@ def test_an_interrupted_write_leaves_the_old_one(name: str, tmp_path: Path, code
         write(tmp_path / name, tensors(), code)
     assert os.listdir(tmp_path) == [name]
     assert open_artifact(tmp_path / name).weights("weight").tolist() == [1, 2, 3]
-    write(tmp_path / name, iter([("weight", torch.zeros(3))]), code)
+    write(tmp_path / name, iter([("weight", np.zeros(3, np.float32))]), code)
     assert os.listdir(tmp_path) == [name]
     assert open_artifact(tmp_path / name).weights("weight").tolist() == [0, 0, 0]
 
@@ -72,7 +74,7 @@ def test_a_failed_exchange_puts_the_old_folder_back(
 
     monkeypatch.setattr(os, "rename", fail_once_moved)
     with pytest.raises(OutputError):
-        write(path, iter([("weight", torch.zeros(3))]), code)
+        write(path, iter([("weight", np.zeros(3, np.float32))]), code)
     assert os.listdir(tmp_path) == ["out"]
     assert open_artifact(path).weights("weight").tolist() == [1, 2, 3]
 
@@ -105,13 +107,13 @@ def test_leaving_without_finish_leaves_nothing(name: str, tmp_path: Path) -> Non
 SCRIPT = """
 import resource, signal, sys, time
 sys.path.insert(0, {tests!r})
-import toy, torch
+import numpy as np, toy
 from dcompile.errors import OutputError
 from dcompile.runtime.artifact import write_artifact
 def tensors():
-    yield "weight", torch.zeros(3)
+    yield "weight", np.zeros(3, np.float32)
     for i in range({count}):
-        yield f"big.{{i}}", torch.zeros(40_000)
+        yield f"big.{{i}}", np.zeros(40_000, np.float32)
         print(i, flush=True)
         time.sleep({pause})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -209,30 +211,30 @@ def test_tensors_are_streamed(tmp_path: Path, code: bytes, monkeypatch: pytest.M
     monkeypatch.setattr(weights, "SHARD_BYTES", 1000)
     alive = 0
 
-    class Counted(torch.Tensor):
+    class Counted(np.ndarray):
         def __del__(self) -> None:
             nonlocal alive
             alive -= 1
 
     most = 0
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors() -> Iterator[tuple[str, npt.NDArray[Any]]]:
         nonlocal alive, most
-        yield "weight", torch.ones(3)
+        yield "weight", np.ones(3, np.float32)
         for index in range(6):
             alive += 1
             most = max(most, alive)
-            yield f"big.{index}", torch.full((400,), float(index)).as_subclass(Counted)
-        yield "small", torch.ones(2)
+            yield f"big.{index}", np.full(400, float(index), np.float32).view(Counted)
+        yield "small", np.ones(2, np.float32)
 
     write(tmp_path / "out", tensors(), code)
     artifact = open_artifact(tmp_path / "out")
     assert most == 1
     assert len(list((tmp_path / "out/weights").iterdir())) == 8
-    assert artifact.weights("big.5").unique().tolist() == [5]
+    assert np.unique(artifact.weights("big.5")).tolist() == [5]
 
 
 def test_a_name_is_there_once(tmp_path: Path, code: bytes) -> None:
-    tensors = [("weight", torch.ones(3)), ("weight", torch.ones(5))]
+    tensors = [("weight", np.ones(3, np.float32)), ("weight", np.ones(5, np.float32))]
     with pytest.raises(ValueError, match="twice"):
         write(tmp_path / "out", iter(tensors), code)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import toy
 from fake_cuda import FakeCuda, Launched, make_cubin
 from toy import Toy
@@ -127,7 +126,7 @@ def write(path: Path, case: Toy, change: Change | None = None, arch: int = 90) -
         change(text, kernels, files)
     manifest = toy.manifest(case)
     manifest |= {"target": "cuda", "kernels": {"table": "kernels.json", "architectures": [arch]}}
-    weights = [("weight", torch.tensor([1.0, 2.0, 3.0]))]
+    weights = [("weight", np.array([1, 2, 3], np.float32))]
     files = {**files, "kernels.json": json.dumps(kernels).encode()}
     write_artifact(path, manifest, text, weights, files)
     return path

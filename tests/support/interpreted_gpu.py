@@ -22,10 +22,10 @@ from dcompile.codegen.triton.aot import Compiled
 from dcompile.codegen.triton.variant import TRITON_TYPES
 from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.cuda.table import table_of
-from dcompile.runtime.weights import DTYPES
+from dcompile.runtime.tensors import TORCH
 
 assert interpreter
-_TORCH = {long: DTYPES[short] for short, long in TRITON_TYPES.items()}
+_TORCH = {long: TORCH[short] for short, long in TRITON_TYPES.items()}
 _SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 PRINTED = "kernels/source/emitted.py"
 

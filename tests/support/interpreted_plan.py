@@ -25,8 +25,9 @@ from dcompile.runtime.backend import Backend
 from dcompile.runtime.decode.loop import Runner
 from dcompile.runtime.plan import Launch, Plan
 from dcompile.runtime.state import Binding, Memory
+from dcompile.runtime.tensors import array_of, tensor_of
 from dcompile.runtime.turns import Bools, Turns, repeat
-from dcompile.runtime.weights import DTYPES
+from dcompile.runtime.weights import DTYPES, Array
 
 assert interpreter
 
@@ -59,7 +60,7 @@ class InterpretedExecutor(Backend):
         return out
 
     @property
-    def state(self) -> Mapping[str, torch.Tensor]:
+    def state(self) -> Mapping[str, Array]:
         return self.memory.state
 
     def bind(self, R: int, B: int) -> Binding:
@@ -68,9 +69,9 @@ class InterpretedExecutor(Backend):
     def with_tickets(self, binding: Binding) -> Binding:
         R, B = binding.R, binding.B
         for index, buffer in enumerate(self.plan.buffers):
-            if buffer.kind == "zeroed" and index not in binding.tensors:
+            if buffer.kind == "zeroed" and index not in binding.made:
                 shape = buffer.extent(R, B)
-                binding.tensors[index] = torch.zeros(shape, dtype=DTYPES[buffer.dtype])
+                binding.made[index] = np.zeros(shape, DTYPES[buffer.dtype])
         return binding
 
     def launch(
@@ -78,7 +79,7 @@ class InterpretedExecutor(Backend):
     ) -> None:
         first, last = part or (0, len(self.plan.launches))
         if part is None:
-            binding.arena.fill_(0xFF)
+            binding.arena.fill(0xFF)
         for launch in self.plan.launches[first:last]:
             self.run(launch, binding)
 
@@ -93,7 +94,7 @@ class InterpretedExecutor(Backend):
         for parameter, argument in zip(entry["arguments"], launch.args, strict=True):
             ((kind, what),) = argument.items()
             if kind == "b":
-                tensor = binding.tensor(what)
+                tensor = tensor_of(binding.values(what))
                 if tensor.data_ptr() % 16 and parameter["aligned"]:
                     raise AssertionError(f"{launch.name}: {parameter['name']} is not aligned")
                 values[parameter["name"]] = tensor
@@ -107,7 +108,7 @@ class InterpretedExecutor(Backend):
         self.launched += 1
         for index, buffer in enumerate(self.plan.buffers):
             if buffer.kind == "zeroed":
-                assert not binding.tensor(index).any(), f"{launch.name} leaves tickets behind"
+                assert not binding.values(index).any(), f"{launch.name} leaves tickets behind"
 
     def resolve(self, name: str) -> Any:
         module, _, function = name.partition(":")
@@ -116,11 +117,11 @@ class InterpretedExecutor(Backend):
         return getattr(self._modules[module], function)
 
     def repeat(self, binding: Binding, turns: int) -> Turns:
-        done = binding.tensor(self.plan.outputs["done"])
+        done = binding.values(self.plan.outputs["done"])
 
         def step() -> Bools:
             self.launch(binding)
-            return done.numpy().astype(np.bool_)
+            return done.astype(np.bool_)
 
         return repeat(step, binding.arrays, turns, wanted=self.wanted)
 
@@ -129,10 +130,10 @@ class InterpretedExecutor(Backend):
     def pull(self, slot: int) -> None: ...
 
     def clear(self, name: str, slot: int) -> None:
-        self.memory.state[name][slot].zero_()
+        self.memory.state[name][slot] = 0
 
-    def put(self, name: str, value: torch.Tensor) -> None:
-        self.memory.state[name].copy_(value)
+    def put(self, name: str, value: Array) -> None:
+        self.memory.state[name][...] = value
 
 
 def run_lowered(
@@ -146,19 +147,19 @@ def run_lowered(
     fixed = {}
     for index, buffer in enumerate(plan.buffers):
         if buffer.kind in ("weight", "state", "input"):
-            given = tensors[names.get(buffer.tensor, buffer.name)]
-            assert given.dtype == DTYPES[buffer.dtype] and given.is_contiguous()
+            given = array_of(tensors[names.get(buffer.tensor, buffer.name)])
+            assert given.dtype == DTYPES[buffer.dtype] and given.flags.c_contiguous
             fixed[index] = given.reshape(buffer.extent(R, B))
     offsets, end = [], 0
     for slot in range(plan.slots):
         sizes = [b.bytes(R, B) for b in plan.buffers if b.kind == "slot" and b.slot == slot]
         offsets.append(end)
         end += -(-max(sizes, default=0) // 64) * 64
-    arena = torch.empty(end + 64, dtype=torch.uint8)
-    arena = arena[-arena.data_ptr() % 64 :]
-    binding = Binding(plan, R, B, arena, offsets, fixed, {}, {})
+    arena = np.empty(end + 64, np.uint8)
+    arena = arena[-arena.ctypes.data % 64 :]
+    binding = Binding(plan, R, B, arena, offsets, fixed, {})
     executor.launch(executor.with_tickets(binding))
-    return binding.outputs
+    return {name: tensor_of(value) for name, value in binding.outputs.items()}
 
 
 def _module(name: str, path: Path) -> ModuleType:

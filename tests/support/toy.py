@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from dcompile.runtime.artifact import write_artifact
 from dcompile.runtime.decode.loop import Runner
@@ -194,7 +194,7 @@ def manifest(toy: Toy) -> dict[str, Any]:
 
 
 def write(path: Path, toy: Toy, code: bytes, **files: bytes) -> Path:
-    weights = [("weight", torch.tensor([1.0, 2.0, 3.0])), ("odd", torch.arange(5).byte())]
+    weights = [("weight", np.array([1, 2, 3], np.float32)), ("odd", np.arange(5, dtype=np.uint8))]
     written = {"kernels/any.so": code, "report.txt": b"a report\n", **files}
     write_artifact(path, manifest(toy), plan(toy), weights, written)
     return path
@@ -312,7 +312,7 @@ def _commit(
         token = (v >> 8) % (VOCAB - 1)
         chosen[p] = (((v >> 40) % 4096) / 4096, token + (token >= MASK))
     best = max(confidence for confidence, _ in chosen.values())
-    bar = torch.tensor(threshold, dtype=torch.float32).item()
+    bar = float(np.float32(threshold))
     for p, (confidence, token) in chosen.items():
         if confidence >= bar or confidence == best:
             x[p] = token

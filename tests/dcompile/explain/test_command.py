@@ -12,8 +12,9 @@ from rich.console import Console
 
 from dcompile import cli
 from dcompile.driver.compile import compile_checkpoint
-from dcompile.explain.command import _style, explain, kernel_table, pass_times, remarks, stage_after
+from dcompile.explain.command import _style, explain, kernel_table, remarks, stage_after
 from dcompile.explain.graph import dot
+from dcompile.explain.times import pass_times
 from dcompile.options import Options, WatchedOptions
 from dcompile.runtime.artifact import open_artifact
 

@@ -140,8 +140,8 @@ def test_memory_is_what_the_plan_asks_for(captured: Capture, profile: Profile) -
     runner, held = captured.runner, profile.memory
     widest = max(captured.seen, key=lambda seen: seen.R)
     binding = runner.executor.bind(widest.R, widest.B)
-    assert held.scratch <= binding.arena.numel() and held.scratch < held.values
-    assert held.state == sum(t.numel() * t.itemsize for t in runner.executor.state.values())
+    assert held.scratch <= binding.arena.nbytes and held.scratch < held.values
+    assert held.state == sum(array.nbytes for array in runner.executor.state.values())
     assert max(held.live) == sum(b.bytes for b in held.buffers) <= held.scratch
     assert len(held.live) == len(profile.places) and len(held.resident) == len(captured.seen)
 

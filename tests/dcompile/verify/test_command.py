@@ -23,6 +23,7 @@ from dcompile.ir.program import Exactness, Pass, Program
 from dcompile.options import Options
 from dcompile.runtime.artifact import open_artifact
 from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.tensors import array_of, tensor_of
 from dcompile.runtime.writing import write_artifact
 from dcompile.verify.command import (
     Compiled,
@@ -65,10 +66,10 @@ def altered(
     chosen = next(n for n in names if name_part in n)
     tensors = []
     for name in names:
-        tensor = artifact.weights(name).clone()
+        tensor = tensor_of(artifact.weights(name)).clone()
         if name == chosen:
             change(tensor)
-        tensors.append((name, tensor))
+        tensors.append((name, array_of(tensor)))
     files = {
         n: bytes(artifact.bytes(n))
         for n in artifact.names

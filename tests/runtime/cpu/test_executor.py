@@ -6,6 +6,8 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import toy
@@ -22,40 +24,38 @@ def executor(path: Path, case: Toy, code: bytes, **settings: Any) -> Executor:
     return Executor(open_artifact(toy.write(path / "toy.dcx", case, code)), **settings)
 
 
-def inputs(total: int, slot: int = 0, block: int = 4) -> dict[str, torch.Tensor]:
+def inputs(total: int, slot: int = 0, block: int = 4) -> dict[str, npt.NDArray[Any]]:
     """All rows of one sequence whose first block begins at 0."""
-    positions = torch.arange(total)
+    positions = np.arange(total)
     return {
-        "row_seq": torch.full((total,), slot),
+        "row_seq": np.full(total, slot),
         "row_pos": positions,
-        "row_limit": torch.full((total,), total),
-        "block_seq": torch.tensor([slot]),
+        "row_limit": np.full(total, total),
+        "block_seq": np.array([slot]),
         "block_pos": positions[None, :block],
         "choice_row": positions[None, :block],
-        "seed": torch.tensor([0]),
-        "tick": torch.tensor([0]),
-        "threshold": torch.tensor([0.9]),
-        "temperature": torch.tensor([0.0]),
+        "seed": np.array([0]),
+        "tick": np.array([0]),
+        "threshold": np.array([0.9], np.float32),
+        "temperature": np.array([0.0], np.float32),
     }
 
 
 def test_a_step(tmp_path: Path, code: bytes) -> None:
     run = executor(tmp_path, Toy(batch=2), code)
-    run.state["canvas"].fill_(MASK)
+    run.state["canvas"].fill(MASK)
     out = run.step(inputs(8, slot=1))
     commit, token = out["commit"][0], out["token"][0]
-    assert out["confidence"].dtype == torch.float32 and out["done"].tolist() == [
-        commit.all().item()
-    ]
+    assert out["confidence"].dtype == np.float32 and out["done"].tolist() == [commit.all().item()]
     assert commit.any()
-    assert torch.equal(run.state["canvas"][1, :4], torch.where(commit, token, MASK))
+    assert (run.state["canvas"][1, :4] == np.where(commit, token, MASK)).all()
     assert (run.state["canvas"][0] == MASK).all()
 
 
 def test_steps_do_not_read_what_a_step_left(tmp_path: Path, code: bytes) -> None:
     for poison in (False, True):
         run = executor(tmp_path, Toy(batch=2), code, poison=poison)
-        run.state["canvas"].fill_(MASK)
+        run.state["canvas"].fill(MASK)
         # A larger step, a smaller one, and the larger one again, in an arena that they share.
         tokens = [run.step(inputs(total))["token"].tolist() for total in (8, 20, 8, 32, 8)]
         if not poison:
@@ -63,7 +63,7 @@ def test_steps_do_not_read_what_a_step_left(tmp_path: Path, code: bytes) -> None
     assert tokens == clean
     # Of the large step's arena, the small one left the end as it was poisoned.
     arena = run.bind(8, 1).arena
-    assert arena[-64:].eq(0xFF).all() and not arena[:64].eq(0xFF).any()
+    assert (arena[-64:] == 0xFF).all() and not (arena[:64] == 0xFF).any()
 
 
 def test_addresses_follow_the_arena(tmp_path: Path, code: bytes) -> None:
@@ -75,7 +75,7 @@ def test_addresses_follow_the_arena(tmp_path: Path, code: bytes) -> None:
     assert run.bind(4, 1).arena is large.arena
     for index, buffer in enumerate(run.plan.buffers):
         if buffer.kind in ("slot", "state", "input"):
-            assert large.address(index) == large.tensor(index).data_ptr()
+            assert large.address(index) == large.values(index).ctypes.data
             assert large.address(index) % 64 == 0
     for rows in range(1, KEPT_BINDINGS + 9):
         run.bind(rows % 32 + 1, 1)
@@ -98,19 +98,18 @@ def test_a_view_has_its_own_address(tmp_path: Path, code: bytes) -> None:
                 "place": {"kind": "view", "of": of, "offset": offset, "strides": strides},
             }
         )
-    weights = [("weight", torch.zeros(3))]
+    weights = [("weight", np.zeros(3, np.float32))]
     write_artifact(tmp_path / "a", toy.manifest(Toy()), plan, weights, {"kernels/any.so": code})
     binding = Executor(open_artifact(tmp_path / "a")).bind(4, 1)
-    whole = binding.tensor(16)
-    whole.copy_(torch.arange(4))
-    assert [binding.tensor(base + k).tolist() for k in (1, 2, 3)] == [[[2, 3]], [3], [3]]
+    binding.values(16)[...] = np.arange(4)
+    assert [binding.values(base + k).tolist() for k in (1, 2, 3)] == [[[2, 3]], [3], [3]]
     for k in (1, 2, 3):
-        assert binding.address(base + k) == binding.tensor(base + k).data_ptr()
+        assert binding.address(base + k) == binding.values(base + k).ctypes.data
 
 
 def test_each_launch_has_its_time(tmp_path: Path, code: bytes) -> None:
     run = executor(tmp_path, Toy(), code)
-    run.state["canvas"].fill_(MASK)
+    run.state["canvas"].fill(MASK)
     times = run.time_step(inputs(8))
     names = ["toy_embed", "toy_layer", "toy_layer", "toy_choose", "some", "done"]
     assert [name for name, _ in times] == names
@@ -122,7 +121,7 @@ def test_threads(tmp_path: Path, code: bytes) -> None:
     assert executor(tmp_path, Toy(), code).threads == 1  # the model is tiny
     run = executor(tmp_path, Toy(), code, threads=3)
     before = torch.get_num_threads()
-    run.state["canvas"].fill_(MASK)
+    run.state["canvas"].fill(MASK)
     run.step(inputs(8))
     assert torch.get_num_threads() == before
     assert ctypes.c_int64.in_dll(run._libraries[0], "dc_threads").value == 3
@@ -140,7 +139,7 @@ def test_equal_code_is_loaded_once(tmp_path: Path, code: bytes) -> None:
 def test_refuses_an_input_of_another_shape(tmp_path: Path, code: bytes) -> None:
     run = executor(tmp_path, Toy(), code)
     with pytest.raises(ValueError, match="row_limit"):
-        run.step({**inputs(8), "row_limit": torch.zeros(7, dtype=torch.int64)})
+        run.step({**inputs(8), "row_limit": np.zeros(7, np.int64)})
 
 
 def torch_plan(launches: list[dict[str, Any]], extra: list[dict[str, Any]]) -> dict[str, Any]:
@@ -187,19 +186,19 @@ def test_a_plan_of_torch_operators_alone(tmp_path: Path) -> None:
         call("aten.full.default", ["done"], [{"i": B}], True, dtype={"dtype": "bool"}),
         call("aten.topk.default", [None, "which"], b["x"], 1),
     ]
-    values = torch.rand(23, 3)
-    weights = [("weight", torch.zeros(3)), ("t", values)]
+    values = np.random.default_rng(0).random((23, 3), np.float32)
+    weights = [("weight", np.zeros(3, np.float32)), ("t", values)]
     manifest = toy.manifest(Toy())
     manifest["kernels"]["isas"]["any"]["files"] = []
     write_artifact(tmp_path / "a", manifest, torch_plan(launches, extra), weights, {})
     run = Executor(open_artifact(tmp_path / "a"), poison=True)
-    run.state["canvas"][0] = torch.arange(32) % 23
-    before = run.state["canvas"][0].clone()
+    run.state["canvas"][0] = np.arange(32) % 23
+    before = run.state["canvas"][0].copy()
     out = run.step(inputs(8))
     assert out["done"].tolist() == [True]
     wanted = values[before[:8]].argmax(-1)
-    assert torch.equal(run.state["canvas"][0], torch.cat([wanted, before[8:]]))
-    assert run.bind(8, 1).tensor(index["range"]).tolist() == list(range(8))
+    assert (run.state["canvas"][0] == np.concatenate([wanted, before[8:]])).all()
+    assert run.bind(8, 1).values(index["range"]).tolist() == list(range(8))
     assert len(run.time_step(inputs(8))) == 7
 
 
@@ -207,7 +206,7 @@ def test_a_result_of_another_shape_is_an_error(tmp_path: Path) -> None:
     launches = [{"kernel": "aten.full.default", "args": [[3], True], "writes": [21]}]
     manifest = toy.manifest(Toy())
     manifest["kernels"]["isas"]["any"]["files"] = []
-    weights = [("weight", torch.zeros(3))]
+    weights = [("weight", np.zeros(3, np.float32))]
     write_artifact(tmp_path / "a", manifest, torch_plan(launches, []), weights, {})
     run = Executor(open_artifact(tmp_path / "a"))
     with pytest.raises(ContractError, match=r"\[3\] for a buffer of \[1\]"):

@@ -8,8 +8,8 @@ from typing import Any
 
 import gpu_toy
 import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 import toy
 from fake_cuda import FakeCuda, Launched
 from toy import CACHES, MASK, Toy, prompts_of
@@ -113,7 +113,7 @@ def test_a_driver_that_cannot_assemble_has_no_loops(tmp_path: Path, on_gpu: OnGp
 def test_the_cap_ends_a_loop(tmp_path: Path, on_gpu: OnGpu) -> None:
     case = Toy(block=8)
     executor = gpu_toy.runner(gpu_toy.write(tmp_path / "a.dcx", case), on_gpu(case)).executor
-    executor.state["canvas"].fill_(MASK)
+    executor.state["canvas"].fill(MASK)
     binding = executor.fill(inputs(8, block=8, threshold=1.0))
     turns = executor.repeat(binding, 5)
     assert turns.performed == [5] and turns.done == [False]
@@ -141,19 +141,19 @@ def test_a_host_that_is_wanted_ends_a_loop(
 
     fake.kernels["toy_choose"] = choosing  # type: ignore[index]
     executor.bind(8, 1).used = 1  # as if its rows had run before, so that it is worth a graph
-    executor.state["canvas"].fill_(MASK)
+    executor.state["canvas"].fill(MASK)
     found = executor.repeat(executor.fill(inputs(8, block=8, threshold=1.0, temperature=1.0)), 8)
     assert (found.performed, found.done, turn) == ([ended], [False], ended)
     executor.pull(0)
-    stopped = executor.state["canvas"].clone()
+    stopped = executor.state["canvas"].copy()
     assert (stopped[0, :8] == MASK).sum() == 8 - ended
     executor.wanted[0], turn = 0, -8
-    executor.state["canvas"].fill_(MASK)
+    executor.state["canvas"].fill(MASK)
     again = executor.repeat(
         executor.fill(inputs(8, block=8, threshold=1.0, temperature=1.0)), ended
     )
     executor.pull(0)
-    assert again.performed == [ended] and torch.equal(executor.state["canvas"], stopped)
+    assert again.performed == [ended] and np.array_equal(executor.state["canvas"], stopped)
 
 
 def test_an_artifact_from_before_has_no_word_of_the_hosts(
@@ -177,22 +177,22 @@ def test_an_artifact_from_before_has_no_word_of_the_hosts(
 
 def inputs(
     total: int, block: int = 4, threshold: float = 0.9, temperature: float = 0.0
-) -> dict[str, torch.Tensor]:
+) -> dict[str, npt.NDArray[Any]]:
     """All rows of one sequence whose first block begins at 0."""
-    positions = torch.arange(total)
-    zero = torch.tensor([0])
+    positions = np.arange(total)
+    zero = np.array([0])
     return {
-        "row_seq": torch.zeros(total, dtype=torch.int64),
+        "row_seq": np.zeros(total, np.int64),
         "row_pos": positions,
-        "row_limit": torch.full((total,), total),
+        "row_limit": np.full(total, total),
         "block_seq": zero,
         "block_pos": positions[None, :block],
         "choice_row": positions[None, :block],
         "seed": zero,
         "tick": zero,
         "iteration": zero,
-        "threshold": torch.tensor([threshold]),
-        "temperature": torch.tensor([temperature]),
+        "threshold": np.array([threshold], np.float32),
+        "temperature": np.array([temperature], np.float32),
     }
 
 
@@ -203,14 +203,14 @@ def test_a_step_and_its_times(tmp_path: Path, code: bytes, on_gpu: OnGpu) -> Non
     gpu = gpu_toy.runner(gpu_toy.write(tmp_path / "gpu.dcx", case), fake).executor
     found = []
     for executor in (cpu, gpu):
-        executor.state["canvas"].fill_(MASK)
+        executor.state["canvas"].fill(MASK)
         out = executor.step(inputs(8))
-        found.append({name: tensor.clone() for name, tensor in out.items()})
-        found[-1]["canvas"] = executor.state["canvas"].clone()
+        found.append({name: array.copy() for name, array in out.items()})
+        found[-1]["canvas"] = executor.state["canvas"].copy()
     for name in ("token", "confidence", "commit", "done", "canvas"):
-        assert torch.equal(found[0][name], found[1][name]), name
-    assert torch.equal(cpu.state["keys_1"], gpu.state["keys_1"])
-    gpu.state["canvas"].fill_(MASK)
+        assert np.array_equal(found[0][name], found[1][name]), name
+    assert np.array_equal(cpu.state["keys_1"], gpu.state["keys_1"])
+    gpu.state["canvas"].fill(MASK)
     kernel = fake.kernels["toy_choose"]
     fake.kernels["toy_choose"] = lambda launch: (kernel(launch), fake.spend(41))  # type: ignore
     times = gpu.time_step(inputs(8))
@@ -228,17 +228,17 @@ def test_a_step_in_parts(tmp_path: Path, on_gpu: OnGpu) -> None:
     case = Toy()
     fake = on_gpu(case)
     executor = gpu_toy.runner(gpu_toy.write(tmp_path / "gpu.dcx", case), fake).executor
-    executor.state["canvas"].fill_(MASK)
-    whole = {k: v.clone() for k, v in executor.step(inputs(8)).items()}
-    executor.state["canvas"].fill_(MASK)
+    executor.state["canvas"].fill(MASK)
+    whole = {k: v.copy() for k, v in executor.step(inputs(8)).items()}
+    executor.state["canvas"].fill(MASK)
     binding = executor.fill(inputs(8))
     seconds = np.zeros(5)
     executor.launch(binding, part=(0, 2))
-    between = binding.tensor(14)
+    between = binding.values(14)
     executor.launch(binding, seconds, part=(2, 5))
     assert between.shape == (8,) and between.any()
     assert seconds.tolist()[:2] == [0, 0] and (seconds[2:] > 0).all()
-    assert all(torch.equal(whole[name], binding.outputs[name]) for name in whole)
+    assert all(np.array_equal(whole[name], binding.outputs[name]) for name in whole)
 
 
 def test_views_are_copied_with_their_strides(tmp_path: Path, on_gpu: OnGpu) -> None:
@@ -251,11 +251,11 @@ def test_views_are_copied_with_their_strides(tmp_path: Path, on_gpu: OnGpu) -> N
 
     path = gpu_toy.write(tmp_path / "gpu.dcx", case, column)
     executor = gpu_toy.runner(path, on_gpu(case)).executor
-    executor.state["canvas"].fill_(MASK)
+    executor.state["canvas"].fill(MASK)
     binding = executor.fill(inputs(8))
     executor.launch(binding)
     last = len(executor.plan.buffers) - 1
-    assert torch.equal(binding.tensor(last), binding.tensor(16)[:, 2:])
+    assert np.array_equal(binding.values(last), binding.values(16)[:, 2:])
 
 
 def test_memory_is_given_back(tmp_path: Path, on_gpu: OnGpu) -> None:
@@ -291,7 +291,7 @@ def test_wide_shared_memory_is_asked_for(tmp_path: Path, on_gpu: OnGpu) -> None:
     assert [line for line in fake.log if line.startswith("attribute")] == [
         "attribute toy_layer 8 65536"
     ]
-    executor.state["canvas"].fill_(MASK)
+    executor.state["canvas"].fill(MASK)
     executor.step(inputs(10))
     assert "run toy_layer 3 1 1 x 64 shared 65536" in fake.log
     assert "run toy_embed 3 1 1 x 64 shared 0" in fake.log

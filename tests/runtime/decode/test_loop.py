@@ -361,15 +361,15 @@ def test_policy_state_is_zero_on_entering_a_block(tmp_path: Path, code: bytes) -
         {"name": "soft", "dtype": "f32", "shape": [1, 2], "reset": "request"},
     ]
     files = {"kernels/any.so": code}
-    write_artifact(tmp_path / "a", manifest, plan, [("weight", torch.zeros(3))], files)
+    write_artifact(tmp_path / "a", manifest, plan, [("weight", np.zeros(3, np.float32))], files)
     runner = Runner.load(tmp_path / "a")
     credit, soft = runner.executor.state["credit"], runner.executor.state["soft"]
     seen = []
 
     def look(index: int, tokens: list[int]) -> None:
         seen.append((float(credit.sum()), float(soft.sum())))
-        credit.fill_(1.0)
-        soft.fill_(1.0)
+        credit.fill(1.0)
+        soft.fill(1.0)
 
     runner.generate([[1], [3]], gen_length=8, on_block=look, early_stop=False)
     assert seen == [(0, 0), (0, 2), (0, 0), (0, 2)]

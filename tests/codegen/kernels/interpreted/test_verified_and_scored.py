@@ -122,7 +122,7 @@ def test_an_altered_kernel_table_is_found(made: tuple[Path, Path, Path], tmp_pat
         k: v for k, v in artifact.manifest.items() if k not in ("files", "sha256", "format")
     }
     names = sorted({b.tensor for b in artifact.plan.buffers if b.kind == "weight"})
-    tensors = [(n, artifact.weights(n).clone()) for n in names]
+    tensors = [(n, artifact.weights(n).copy()) for n in names]
     write_artifact(tmp_path / "bad.dcx", manifest, artifact.plan.text, tensors, files)
     with pytest.raises(VerificationError, match=name):
         verify(tmp_path / "bad.dcx", made[0], run_model=False)
