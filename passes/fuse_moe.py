@@ -6,6 +6,30 @@ multiplied out (moe/algebra.py), and must be, for each row r and feature d,
     sum over slots j of  weight(r, j) * expert[chosen(r, j)](x[r])[d]
 
 or that sum taken apart by experts, each where it was chosen.  What is not provably so stays as it is.
+
+Input, of many spellings one (tests/golden/tiny_moe, 8 experts of which a row chooses 3):
+
+    softmax: f32[1, R, 8] = softmax.int(linear_4, -1, f32)
+    topk: (f32[1, R, 3], i64[1, R, 3]) = topk.default(softmax, 3)
+    getitem: f32[1, R, 3] = getitem(topk, 0)
+    getitem_1: i64[1, R, 3] = getitem(topk, 1)
+    zeros_like: f32[1, R, 8] = zeros_like.default(softmax, pin_memory=False)
+    scatter: f32[1, R, 8] = scatter.src(zeros_like, -1, getitem_1, getitem)
+    einsum: f32[1, R, 8, 24] = einsum.default('btd,efd->btef', [rms_norm_3, gate])
+    einsum_1: f32[1, R, 8, 24] = einsum.default('btd,efd->btef', [rms_norm_3, up])
+    silu: f32[1, R, 8, 24] = silu.default(einsum)
+    mul_152: f32[1, R, 8, 24] = mul.Tensor(silu, einsum_1)
+    einsum_2: f32[1, R, 64] = einsum.default('btef,edf,bte->btd', [mul_152, down, scatter])
+
+Output, where gate_up [8, 48, 64] are the experts' gates and ups, stacked expert by expert:
+
+    reshape_default_19: f32[R, 8] = reshape.default(linear_4, [-1, 8])
+    route_default: (f32[R, 3], i32[R, 3]) = dcompile.route(reshape_default_19, None, 3, 'softmax', ...)
+    getitem_8: f32[R, 3] = getitem(route_default, 0)
+    getitem_9: i32[R, 3] = getitem(route_default, 1)
+    reshape_default_20: f32[R, 64] = reshape.default(rms_norm_3, [-1, 64])
+    moe_ffn_default: f32[R, 64] = dcompile.moe_ffn(reshape_default_20, getitem_8, getitem_9, gate_up, ...)
+    reshape_default_21: f32[1, R, 64] = reshape.default(moe_ffn_default, [1, -1, 64])
 """
 
 from __future__ import annotations

@@ -1,4 +1,26 @@
-"""q/k norm, rotary embedding, K/V rows written  ->  norm_rope_write(qkv)"""
+"""q/k norm, rotary embedding, K/V rows written  ->  norm_rope_write(qkv)
+
+Input: the queries' lines, which the keys have too, and the last two of the keys, which values have too:
+
+    slice_tensor_4: f32[1, R, 64] = slice.Tensor(linear_default, 2, 0, 64)
+    reshape_default_3: f32[1, R, 4, 16] = reshape.default(slice_tensor_4, [1, -1, 4, 16])
+    rms_norm_1: f32[1, R, 4, 16] = rms_norm.default(reshape_default_3, [16], q_norm_weight, 1e-05)
+    slice_tensor: f32[1, R, 4, 8] = slice.Tensor(rms_norm_1, 3, 8, 16)
+    neg: f32[1, R, 4, 8] = neg.default(slice_tensor)
+    slice_4: f32[1, R, 4, 8] = slice.Tensor(rms_norm_1, 3, 0, 8)
+    cat_1: f32[1, R, 4, 16] = cat.default([neg, slice_4], -1)
+    mul_62: f32[1, R, 4, 16] = mul.Tensor(rms_norm_1, index_tensor)
+    mul_66: f32[1, R, 4, 16] = mul.Tensor(cat_1, index_tensor_1)
+    add_91: f32[1, R, 4, 16] = add.Tensor(mul_62, mul_66)
+    reshape_default_25: f32[R, 2, 16] = reshape.default(add_120, [-1, 2, 16])
+    write_rows_default: f32[2, 64, 2, 16] = dcompile.write_rows(keys_0, reshape_default_25, row_seq, row_pos)
+
+Output, whose results are the queries and both caches:
+
+    reshape_default_37: f32[R, 128] = reshape.default(linear_default, [-1, 128])
+    norm_rope_write_default: (f32[R, 4, 16], f32[2, 64, 2, 16], f32[2, 64, 2, 16]) =
+        dcompile.norm_rope_write(reshape_default_37, q_norm_weight, k_norm_weight, const_cos_rows, ...)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,23 @@
-"""f(x)[choice_row]  ->  f(x[choice_row]): what only the chosen rows need, only they compute"""
+"""f(x)[choice_row]  ->  f(x[choice_row]): what only the chosen rows need, only they compute
+
+Input (R rows run; B blocks of 8 positions choose tokens):
+
+    attend_default_1: f32[R, 4, 16] = dcompile.attend(getitem_15, getitem_16, getitem_17, row_seq, ...)
+    ...
+    linear_5: f32[1, R, 131] = linear.default(getitem_25, lm_head_weight)
+    reshape_default_11: f32[R, 131] = reshape.default(linear_5, [-1, 131])
+    index_1: f32[B, 8, 131] = index.Tensor(reshape_default_11, [choice_row])
+
+Output, tidied:
+
+    reshape_default_39: i64[8*B] = reshape.default(choice_row, [-1])
+    index_select_default: f32[8*B, 4, 16] = index_select.default(getitem_15, 0, reshape_default_39)
+    index_select_default_1: i64[8*B] = index_select.default(row_seq, 0, reshape_default_39)
+    attend_default_1: f32[8*B, 4, 16] = dcompile.attend(index_select_default, getitem_16, getitem_17, ...)
+    ...
+    linear_5: f32[1, 8*B, 131] = linear.default(getitem_25, lm_head_weight)
+    reshape_default_41: f32[B, 8, 131] = reshape.default(linear_5, [-1, 8, 131])
+"""
 
 from __future__ import annotations
 

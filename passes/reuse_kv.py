@@ -1,4 +1,19 @@
-"""attention over a whole sequence -> write these rows of K and V, then attend to the valid rows"""
+"""attention over a whole sequence -> write these rows of K and V, then attend to the valid rows
+
+Input (tests/golden/tiny_moe; q, k and v are add_91, add_120 and linear_2, turned heads first):
+
+    scaled_dot_product_attention: f32[1, 4, R, 16] = scaled_dot_product_attention.default(q, k, v, ...)
+
+Output, tidied; keys_0 and values_0 are new state, row_limit is a new input:
+
+    reshape_default_25: f32[R, 2, 16] = reshape.default(add_120, [-1, 2, 16])
+    write_rows_default: f32[2, 64, 2, 16] = dcompile.write_rows(keys_0, reshape_default_25, row_seq, row_pos)
+    reshape_default_33: f32[R, 2, 16] = reshape.default(linear_2, [-1, 2, 16])
+    write_rows_default_1: f32[2, 64, 2, 16] = dcompile.write_rows(values_0, reshape_default_33, ...)
+    reshape_default_27: f32[R, 4, 16] = reshape.default(add_91, [-1, 4, 16])
+    attend_default: f32[R, 4, 16] = dcompile.attend(reshape_default_27, ..., row_seq, row_limit, 0.25)
+    reshape_default_34: f32[1, R, 64] = reshape.default(attend_default, [1, -1, 64])
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The kernel ABI: one signature for every kernel, so that a plan is an array (docs/design.md).
+// The kernel ABI: one signature for every kernel, so that a plan is an array (docs/formats.md).
 #pragma once
 
 #include <stddef.h>

@@ -1,4 +1,4 @@
-// The kernel library: every kernel of the ABI (docs/design.md) for float32, bf16 and f16.
+// The kernel library: every kernel of the ABI (docs/formats.md) for float32, bf16 and f16.
 #include <time.h>
 
 #include "abi.h"

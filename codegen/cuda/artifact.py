@@ -43,7 +43,7 @@ def binary_path(one: Compiled) -> str:
 
 
 def _table(lowered: CudaLowered, compiled: Sequence[Compiled]) -> dict[str, Any]:
-    """What the runtime reads: see "CUDA artifact" in docs/design.md."""
+    """What the runtime reads: see "CUDA artifact" in docs/formats.md."""
     kernels: dict[str, Any] = {}
     for variant in lowered.variants:
         text = variant.to_json()

@@ -18,7 +18,7 @@ from dcompile.codegen.triton.tiles import ARCHITECTURES
 from dcompile.codegen.triton.variant import Number, Variant
 from dcompile.ir.program import Program
 
-# The runtime's; see docs/design.md.
+# The runtime's; see docs/formats.md.
 LOOP_MEMORY = ("finished", "performed", "turn", "limit", "go", "wanted")
 
 

@@ -1,4 +1,4 @@
-"""Gumbel noise that is a hash of request, iteration, position and token (docs/design.md): no state.
+"""Gumbel noise that is a hash of request, iteration, position and token (docs/formats.md): no state.
 
 All integers are 32-bit and unsigned, and wrap around.  -ln U is computed from U below one half and
 from 1 - U above, which is exact there, where float32 has too few bits for U itself.

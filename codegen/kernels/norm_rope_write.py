@@ -127,7 +127,7 @@ def launches(
     q_norm: bool = True,
     k_norm: bool = True,
 ) -> Lowering:
-    """Operands q, keys, values, qkv, q_norm, k_norm, cos, sin, row_seq, row_pos (docs/design.md)."""
+    """Operands q, keys, values, qkv, q_norm, k_norm, cos, sin, row_seq, row_pos (docs/formats.md)."""
     together = min(4, power_of_two(groups))
     parts = cdiv(heads, together) + 2 * cdiv(groups, together)
     norms = f"{'q' if q_norm else ''}{'k' if k_norm else ''}norm_" if q_norm or k_norm else ""

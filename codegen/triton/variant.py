@@ -20,7 +20,7 @@ Expression = int | Mapping[str, Any]
 
 DType = Literal["f32", "bf16", "f16", "i64", "i32", "u8", "bool"]
 
-# What Triton calls the dtypes of docs/design.md.
+# What Triton calls the dtypes of docs/formats.md.
 TRITON_TYPES: Mapping[str, str] = {
     "f32": "fp32",
     "bf16": "bf16",

@@ -1,4 +1,9 @@
-"""dynamic: all above the threshold, or the even schedule's share where fewer are (SDAR, LLaDA2)."""
+"""dynamic: all above the threshold, or the even schedule's share where fewer are (SDAR, LLaDA2).
+
+The even schedule bounds the forwards of a block, and the threshold takes more where the model is
+sure. `threshold` alone has no such bound: where nothing is sure it commits one token a forward.
+The share is of the block's length over `steps`, as the models' own code has it.
+"""
 
 from __future__ import annotations
 

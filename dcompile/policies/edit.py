@@ -1,4 +1,10 @@
-"""edit: `threshold` for masks, and decided tokens are overwritten by surer ones (LLaDA2.1)."""
+"""edit: `threshold` for masks, and decided tokens are overwritten by surer ones (LLaDA2.1).
+
+A low threshold for masks is fast and wrong at times; a model that was trained to correct tokens
+mends that later, when it sees more of the text. So speed comes from the first threshold and
+quality from the second. For models trained for it only: what others say of a decided position is
+worth nothing.
+"""
 
 from __future__ import annotations
 

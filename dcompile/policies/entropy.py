@@ -1,4 +1,10 @@
-"""entropy: Dream's schedule over the whole canvas, the positions of least entropy first."""
+"""entropy: Dream's schedule over the whole canvas, the positions of least entropy first.
+
+Dream decides all generated positions together, in timesteps from 1 to eps; of the masks left a
+step commits the share that the time passed. Entropy looks at the whole distribution: of two
+positions of equal confidence, the one with one rival goes before the one with many (Dream 7B,
+arXiv 2508.15487).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""factor: the longest run of best candidates whose confidence grows with its length (Fast-dLLM)."""
+"""factor: the longest run of best candidates whose confidence grows with its length (Fast-dLLM).
+
+The bound behind `threshold`, used as it is: n tokens may be taken together without changing the
+greedy answer if each is surer than 1 - 1 / (n + 1) (arXiv 2505.22618). So two tokens need less
+than ten do, where one threshold for both is too strict for the two or too loose for the ten.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""likelihood: `threshold` that also tells the log-probability of tokens named by the host, for scoring."""
+"""likelihood: `threshold` that also tells the log-probability of tokens named by the host, for scoring.
+
+A diffusion model has no likelihood token by token, only a bound: mask some tokens of a text at
+random, ask how likely each of them is, and average (LLaDA, 2502.09992). The host puts the masks
+and says which tokens it asks about; the step answers, so the logits of a vocabulary never leave
+it.
+"""
 
 from __future__ import annotations
 

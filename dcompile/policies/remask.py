@@ -1,4 +1,10 @@
-"""remask: decided tokens that have become unlikely are masked again (dInfer)."""
+"""remask: decided tokens that have become unlikely are masked again (dInfer).
+
+A token that was decided early saw mostly masks. When the rest of the block makes it unlikely, the
+mask is put back, so that it is decided anew with what is known now (arXiv 2510.08666). Each
+forward commits one token more than it reopens, because otherwise two tokens could undo each other
+for ever.
+"""
 
 from __future__ import annotations
 

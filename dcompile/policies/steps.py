@@ -1,4 +1,9 @@
-"""steps: a fixed number of iterations a block, the same number of tokens in each (LLaDA, 2502.09992)."""
+"""steps: a fixed number of iterations a block, the same number of tokens in each (LLaDA, 2502.09992).
+
+What the model was trained for: going from all masks to none in even steps. It looks at how sure
+the model is only to rank positions, so time is known ahead and quality is bought by the step; the
+reference that `threshold` and the others are measured against is this one with a token a step.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""threshold: commit every candidate as confident as the threshold (Fast-dLLM, arXiv 2505.22618)."""
+"""threshold: commit every candidate as confident as the threshold (Fast-dLLM, arXiv 2505.22618).
+
+Tokens that are decided together are drawn as if they were independent. That is right where each of
+them is nearly certain, because then the joint distribution is nearly the product; so the more
+certain the model is, the more tokens a forward may commit. The best one commits always, or nothing
+would end.
+"""
 
 from __future__ import annotations
 

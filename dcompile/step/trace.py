@@ -35,7 +35,7 @@ EXAMPLE_ROWS, EXAMPLE_BATCH = 43, 3
 
 
 class Step(nn.Module):
-    """One iteration, around a model `ids [1, T] -> logits [1, T, V]`; docs/design.md names the inputs."""
+    """One iteration, around a model `ids [1, T] -> logits [1, T, V]`; docs/formats.md names the inputs."""
 
     def __init__(
         self, model: nn.Module, mask_id: int, policy: Policy, table: nn.Embedding | None = None

@@ -3,6 +3,10 @@
 Rows that are left out keep the keys and values that they had. A policy is exact where those are
 what would be computed now, which is so only under a block-causal mask; everywhere else leaving
 rows out is an approximation that the user chose.
+
+Why it works at all: between two forwards few tokens change, and keys and values change little with
+them (Fast-dLLM, arXiv 2505.22618). Why it must be repaired now and then: what was computed while a
+position held the mask says nothing of the token that stands there now.
 """
 
 from __future__ import annotations
@@ -66,17 +70,33 @@ CachePolicy = Callable[[Moment], Rows]
 
 
 def none(at: Moment) -> Rows:
-    """Every row that the block can see, every time. Exact."""
+    """Every row that the block can see, every time. Exact.
+
+    Nothing is kept, so nothing can be old: the others are measured against this one. It costs the
+    most, because every forward computes the whole sequence.
+    """
     return 0, at.ceiling
 
 
 def prefix(at: Moment) -> Rows:
-    """All rows on entering a block, then those from the block on. Approximate inside a block."""
+    """All rows on entering a block, then those from the block on. Approximate inside a block.
+
+    What stands before the block is decided, so its keys change only by what the block's tokens do
+    to them; what stands behind it is masks, whose keys follow every token, and is computed each
+    time. Fast-dLLM's prefix cache (arXiv 2505.22618).
+    """
     return (0 if at.iteration == 0 else at.begin), at.total
 
 
 def dual(at: Moment) -> Rows:
-    """All rows on entering a block, then the block's own. Approximate."""
+    """All rows on entering a block, then the block's own. Approximate.
+
+    Why all rows on entering: the keys of the block that was just finished were computed while it
+    still held masks, and the rows before and behind it have seen neither its tokens nor each other
+    since. One full pass repairs all of that, and it costs no forward of its own, because it
+    decides tokens too. Inside a block the rows outside of it are old by at most the tokens of that
+    block. Fast-dLLM's DualCache (arXiv 2505.22618).
+    """
     return (0, at.total) if at.iteration == 0 else (at.begin, at.end)
 
 
@@ -85,6 +105,11 @@ def block(at: Moment) -> Rows:
 
     The first iteration computes the prompt's whole blocks too; after that, a block's final keys
     and values are computed from its final tokens when the next block is entered.
+
+    Why it is exact: under a block-causal mask no row sees a later block, so what a decided block
+    holds cannot change any more. Its last keys were computed while it held masks, so it runs once
+    more, and that costs no forward because it runs beside the next block (LLaDA2, SDAR; D2F, arXiv
+    2508.09192).
     """
     if at.iteration > 0:
         return at.floor, at.ceiling
@@ -94,7 +119,12 @@ def block(at: Moment) -> Rows:
 
 
 def vicinity(look_back: int, look_ahead: int, warmup: int) -> CachePolicy:
-    """As `dual` with some rows to each side, and all rows while the request warms up."""
+    """As `dual` with some rows to each side, and all rows while the request warms up.
+
+    Why the sides: rows near the block attend to it most, so their keys change most by its tokens,
+    and a few rows more cost little. Why the warm-up: in the first forwards most of the canvas is
+    masks, and each token that is decided changes all of it. dInfer (arXiv 2510.08666).
+    """
 
     def rows(at: Moment) -> Rows:
         if at.tick < warmup or at.iteration == 0:
@@ -105,7 +135,11 @@ def vicinity(look_back: int, look_ahead: int, warmup: int) -> CachePolicy:
 
 
 def periodic(refresh_every: int) -> CachePolicy:
-    """As `dual`, with all rows again every so many iterations of a block. Approximate."""
+    """As `dual`, with all rows again every so many iterations of a block. Approximate.
+
+    It bounds how old a key can be: by so many forwards, where `dual` lets it grow with the block's
+    length. So it is for long blocks; with 1 it is `none`.
+    """
 
     def rows(at: Moment) -> Rows:
         return (0, at.total) if at.iteration % refresh_every == 0 else (at.begin, at.end)
@@ -118,6 +152,10 @@ def active(at: Moment) -> Rows:
 
     A decided position's keys and values stay as they were one iteration after it was decided.
     Approximate. Rows are filled up to whole units by repeating the last, which writes the same bits.
+
+    Why what changed runs once more: its keys are of the mask that stood there, and the undecided
+    rows are about to attend to it. Why no more than once: its own token stays, and what others
+    still do to it is what `dual` leaves out for all rows outside of the block. No paper; our own.
     """
     if at.iteration == 0:
         return 0, at.total
@@ -130,7 +168,10 @@ def active(at: Moment) -> Rows:
 
 
 def stored_block(at: Moment) -> Rows:
-    """As `block` where the block before was stored by a forward of its own. Exact."""
+    """As `block` where the block before was stored by a forward of its own. Exact.
+
+    One forward a block more; in return, no forward runs the rows of two blocks.
+    """
     first = at.iteration == 0 and at.previous is None
     return 0 if first else at.floor, at.ceiling
 

@@ -175,7 +175,7 @@ def _done(launch: Launched) -> None:
 
 
 def advance(launch: Launched, slots: int, asked: bool = True) -> None:
-    """The contract of docs/design.md, one statement each; older ones were not `asked` by the host."""
+    """The contract of docs/formats.md, one statement each; older ones were not `asked` by the host."""
     count = launch.value(9 if asked else 8, ctypes.c_int32)
     done = launch.array(0, np.bool_, count)
     clocks = [launch.array(at, np.int64, count) for at in (1, 2)]
