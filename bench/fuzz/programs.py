@@ -59,7 +59,7 @@ def attempt(spec: Spec, native: bool = False, edits: Sequence[int] = ()) -> list
     model = build(spec)
     options = options_of(spec)
     try:
-        origin = origin_of_module(model, options)
+        origin = origin_of_module(model, options=options)
         settled = settle(options, origin.spec)
         program = trace_origin(origin, settled, lambda _: None)
     except DcompileError as error:

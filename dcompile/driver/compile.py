@@ -42,7 +42,7 @@ def compile_module(
 ) -> Path:
     """Compile a user's own module `ids i64 [B, T] -> logits [B, T, V]`."""
     options = WatchedOptions.of(options)
-    return _compile(of_module(module, options), options, out, progress)
+    return _compile(of_module(module, options=options), options, out, progress)
 
 
 def compile_model(

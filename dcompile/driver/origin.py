@@ -41,7 +41,7 @@ def open_origin(path: Path, options: Options) -> Origin:
     if path.suffix == ".pt2":
         from dcompile.frontends.exported import open_exported
 
-        return of_module(open_exported(path), options)
+        return of_module(*open_exported(path), options=options)
     from dcompile.frontends.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path, mask_id=options.mask_id)
@@ -64,7 +64,8 @@ def open_origin(path: Path, options: Options) -> Origin:
     )
 
 
-def of_module(module: nn.Module, options: Options) -> Origin:
+def of_module(module: nn.Module, longest: int | None = None, *, options: Options) -> Origin:
+    """A user's own module, which holds for sequences of up to `longest` positions (None: any)."""
     if options.mask_id is None:
         raise ConfigError("a module does not say its mask token", remedy="--mask-id / mask_id=...")
     # An exported program has no modes; it was exported in the one that it has.
@@ -79,7 +80,7 @@ def of_module(module: nn.Module, options: Options) -> Origin:
         vocab_size=0,
         mask_id=options.mask_id,
         eos_ids=options.eos_ids or (),
-        max_positions=None,
+        max_positions=longest,
         block_length=None,
         shift=False,
         dtype=max(set(floating), key=floating.count) if floating else torch.float32,

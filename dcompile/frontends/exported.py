@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dcompile.errors import CheckpointError
+from dcompile.frontends.exported_lengths import longest
 from dcompile.frontends.torchfiles import first_line, load_plain, map_file
 from dcompile.untrusted import parse_json, stored_members
 
@@ -58,8 +59,11 @@ _EXPRESSION = (
 _LONGEST, _MOST_POWERS = 2000, 4
 
 
-def open_exported(path: Path) -> nn.Module:
-    """The module of an exported program; raises CheckpointError for anything else."""
+def open_exported(path: Path) -> tuple[nn.Module, int | None]:
+    """The module of an exported program, and the greatest length that it holds for (None: any).
+
+    Raises CheckpointError for anything else.
+    """
     if not path.is_file():
         raise CheckpointError("there is no such file", where=str(path))
     try:
@@ -68,13 +72,15 @@ def open_exported(path: Path) -> nn.Module:
         what = f"it is not an exported program that can be loaded safely: {error}"
         raise CheckpointError(what, where=str(path), remedy=_AGAIN) from None
     try:
-        # Guards are source text of the file's own; the compiler makes no use of them.
-        return torch.export.load(path).module(check_guards=False)
+        program = torch.export.load(path)
+        # Guards are source text of the file's own: they are read, never run.
+        module = program.module(check_guards=False)
     except Exception as error:
         what = (
             f"torch cannot load this exported program: {type(error).__name__}: {first_line(error)}"
         )
         raise CheckpointError(what, where=str(path), remedy=_AGAIN) from error
+    return module, longest(program, str(path))
 
 
 def screen(path: Path) -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from dcompile.errors import CheckpointError
+from dcompile.driver.compile import compile_checkpoint
+from dcompile.errors import CheckpointError, OptionError
 from dcompile.frontends.exported import _is_operator, _is_size, open_exported
+from dcompile.options import Options
 
 Members = dict[str, bytes]
 MODEL, WEIGHTS = "models/model.json", "data/weights/model_weights_config.json"
@@ -40,7 +42,8 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> Members:
     length = torch.export.Dim("length", min=2, max=64)
     ids = torch.ones(1, 9, dtype=torch.int64)
     torch.export.save(torch.export.export(Small(), (ids,), dynamic_shapes=({1: length},)), path)
-    module, again = Small(), open_exported(path)
+    module, (again, longest) = Small(), open_exported(path)
+    assert longest == 64
     module.load_state_dict(dict(again.state_dict()), strict=False)
     more = torch.randint(0, 40, (1, 31))
     assert torch.equal(module(more), again(more))
@@ -164,8 +167,8 @@ def test_text_that_would_run_is_refused(
 def test_what_the_file_says_of_guards_is_not_run(members: Members, tmp_path: Path) -> None:
     flag = tmp_path / "ran"
     case = edited(members, MODEL, lambda m: m.update(guards_code=[RUN.format(flag)]))
-    module = open_exported(write(tmp_path / "a.pt2", case))
-    module(torch.ones(1, 8, dtype=torch.int64))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_exported(write(tmp_path / "a.pt2", case))
     assert not flag.exists()
 
 
@@ -210,3 +213,37 @@ def test_what_is_no_archive_is_refused(data: bytes, tmp_path: Path) -> None:
         open_exported(tmp_path / "a.pt2")
     with pytest.raises(CheckpointError, match="no such file"):
         open_exported(tmp_path / "b.pt2")
+
+
+class Branches(Small):
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        return self.head(x * 2 if ids.shape[1] > self.at else x)
+
+
+@pytest.mark.parametrize("at", [20, 64, 500])
+def test_a_branch_ends_the_lengths_that_it_holds_for(at: int, tmp_path: Path) -> None:
+    """Export took the short side: the other one is in no graph."""
+    length = torch.export.Dim.DYNAMIC
+    ids = torch.ones(1, 9, dtype=torch.int64)
+    program = torch.export.export(Branches(at), (ids,), dynamic_shapes=({1: length},))
+    torch.export.save(program, tmp_path / "a.pt2")
+    assert open_exported(tmp_path / "a.pt2")[1] == at
+    options = Options(mask_id=39, max_length=at + 4, block_length=4)
+    with pytest.raises(OptionError, match=f"has {at} positions") as refused:
+        compile_checkpoint(tmp_path / "a.pt2", options, tmp_path / "a.dcx")
+    assert refused.value.remedy == f"--max-length {at}"
+
+
+def test_a_branch_that_short_sequences_do_not_take_is_refused(tmp_path: Path) -> None:
+    ids = torch.ones(1, 9, dtype=torch.int64)
+    dynamic = ({1: torch.export.Dim.DYNAMIC},)
+    torch.export.save(
+        torch.export.export(Branches(5), (ids,), dynamic_shapes=dynamic), tmp_path / "a.pt2"
+    )
+    with pytest.raises(CheckpointError, match="holds only for lengths where"):
+        open_exported(tmp_path / "a.pt2")
