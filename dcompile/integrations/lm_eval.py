@@ -61,7 +61,8 @@ class DcompileLM(LM):  # type: ignore[misc,unused-ignore]
         return str(self.runner.artifact.manifest["checkpoint"])
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.runner.tokenizer.template() if chat_template else None
+        name = chat_template if isinstance(chat_template, str) else None
+        return self.runner.tokenizer.template(name) if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
