@@ -12,6 +12,7 @@ from dcompile.runtime.token_files import TokenFiles
 from dcompile.untrusted import parse_json
 
 _FOLDER = "tokenizer/"
+_TEMPLATES = "additional_chat_templates/"
 _KINDS = {"tokenizer_config.json": "config", "special_tokens_map.json": "roles"}
 
 
@@ -141,8 +142,15 @@ class Tokenizer:
 
     def _templates(self) -> dict[str, Any]:
         """Chat templates by name; a single one is `default`."""
+        files = {
+            name.removeprefix(_TEMPLATES).removesuffix(".jinja"): name
+            for name in self._files
+            if name.startswith(_TEMPLATES)
+        }
         if "chat_template.jinja" in self._files:
-            return {"default": self._artifact.text(_FOLDER + "chat_template.jinja")}
+            files["default"] = "chat_template.jinja"
+        if files:
+            return {name: self._artifact.text(_FOLDER + file) for name, file in files.items()}
         told = self._object("tokenizer_config.json").get("chat_template")
         if isinstance(told, list):
             return {

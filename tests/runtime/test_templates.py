@@ -174,6 +174,17 @@ def test_templates_have_names(named: dict[str, str], listed: bool, both: Both) -
         ours.template("other")
 
 
+@pytest.mark.parametrize("default", [False, True])
+def test_templates_may_have_files_of_their_own(default: bool, both: Both) -> None:
+    files = {f"additional_chat_templates/{name}__jinja": name for name in ("tool_use", "rag")}
+    if default:
+        files["chat_template__jinja"] = "file"
+    ours, theirs = both({"chat_template": "config"}, **files)
+    for name in (None, "rag"):
+        for asked in ({}, {"tools": TOOLS}):
+            same(ours, theirs, TURNS["one"], template=name, **asked)
+
+
 class Colour(enum.StrEnum):
     RED = "red"
 

@@ -20,7 +20,8 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.names = [f"tokenizer/{path.name}" for path in folder.iterdir()]
+        files = (path for path in folder.rglob("*") if path.is_file())
+        self.names = [f"tokenizer/{path.relative_to(folder).as_posix()}" for path in files]
 
     def bytes(self, name: str) -> memoryview:
         return memoryview((self._folder / name.removeprefix("tokenizer/")).read_bytes())
@@ -42,5 +43,7 @@ def write_tokenizer(folder: Path, config: dict[str, Any] | None, **files: Any) -
         files["tokenizer_config__json"] = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
     for name, value in files.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        (folder / name.replace("__", ".")).write_text(text)
+        path = folder / name.replace("__", ".")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     return Tokenizer(Folder(folder))
