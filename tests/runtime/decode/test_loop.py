@@ -324,8 +324,13 @@ def test_numbers_may_be_of_any_library(tmp_path: Path, code: bytes) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-46, 1e-45, 1e-40, 1.1e-38, 1.2e-38, 1e-35])
-def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+def test_the_smallest_temperatures_are_greedy(
+    temperature: float, tmp_path: Path, code: bytes
+) -> None:
     assert temperature_of(temperature) == 0
+    runner = toy.load(tmp_path, Toy(), code)
+    (found,) = runner.generate([[1, 3, 4]], gen_length=8, temperature=temperature)
+    assert found.all_tokens == toy.decode(Toy(), [1, 3, 4], 8)[0]
 
 
 @pytest.mark.parametrize("temperature", [1e-29, 0.2, 1, 3.4e38])
