@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from dcompile.errors import ArtifactError, RequestError
+from dcompile.runtime.token_files import TokenFiles
 from dcompile.untrusted import parse_json
 
 _FOLDER = "tokenizer/"
+_TEMPLATES = "additional_chat_templates/"
+_KINDS = {"tokenizer_config.json": "config", "special_tokens_map.json": "roles"}
 
 
 class Files(Protocol):
@@ -68,41 +72,93 @@ class Tokenizer:
 
             text = self._artifact.text(_FOLDER + "tokenizer.json")
             try:
-                self._loaded = HuggingFaceTokenizer.from_str(text)
+                loaded = HuggingFaceTokenizer.from_str(text)
             except BaseException as error:  # the library raises nothing narrower, and panics
                 if isinstance(error, (KeyboardInterrupt, SystemExit)):
                     raise
                 what = f"the tokenizer cannot be read: {error}"
                 raise ArtifactError(what, where="tokenizer/tokenizer.json") from error
-            self._loaded.no_truncation()
-            self._loaded.no_padding()
+            self._add(loaded)
+            loaded.no_truncation()
+            loaded.no_padding()
+            self._loaded = loaded
         return self._loaded
 
-    def _config(self) -> dict[str, Any]:
-        if "tokenizer_config.json" not in self._files:
+    def _add(self, tokenizer: Any) -> None:
+        """Tokens that only the files beside tokenizer.json name, and whether they are found in texts."""
+        from tokenizers import AddedToken
+
+        split = self._object("tokenizer_config.json").get("split_special_tokens")
+        tokenizer.encode_special_tokens = split is True
+        decoder = tokenizer.get_added_tokens_decoder()
+        present = {number: token.content for number, token in decoder.items()}
+        with self._naming_files():
+            told = [asdict(token) for token in self._token_files().to_add(present)]
+        given = [{flag: v for flag, v in token.items() if v is not None} for token in told]
+        tokenizer.add_tokens([AddedToken(**token) for token in given])
+
+    @contextmanager
+    def _naming_files(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            what = f"the tokenizer's files do not say which tokens it has: {error}"
+            raise ArtifactError(what, where="tokenizer") from error
+
+    def _token_files(self) -> TokenFiles:
+        names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        return TokenFiles(*map(self._object, names))
+
+    def _object(self, name: str) -> dict[str, Any]:
+        """A file's JSON object, empty where there is no such file."""
+        if name not in self._files:
             return {}
         try:
-            config = parse_json(self._artifact.bytes(_FOLDER + "tokenizer_config.json"))
+            value = parse_json(self._artifact.bytes(_FOLDER + name))
         except ValueError as error:
-            where = "tokenizer/tokenizer_config.json"
-            raise ArtifactError("the tokenizer's config cannot be read", where=where) from error
-        return config if isinstance(config, dict) else {}
+            what = f"the tokenizer's {_KINDS.get(name, 'tokens')} cannot be read"
+            raise ArtifactError(what, where=_FOLDER + name) from error
+        return value if isinstance(value, dict) else {}
 
-    def _template(self, config: dict[str, Any]) -> str:
+    def template(self, name: str | None = None, tools: bool = False) -> str:
+        """A chat template's source; raises RequestError where there is none.
+
+        Of several it is the one of that name; by default the one for conversations with `tools`,
+        where there is one and they have some, or else `default`.
+        """
+        found = self._templates()
+        if name is None and tools and "tool_use" in found:
+            name = "tool_use"
+        template = found.get(name or "default")
+        if isinstance(template, str):
+            return template
+        if found:
+            remedy = f"name one of them: {', '.join(sorted(found))}"
+            raise RequestError(
+                f"the model's tokenizer has no chat template {name or 'default'!r}", remedy=remedy
+            )
+        remedy = "leave out --chat, or put the conversation's marks into the prompt"
+        raise RequestError("the model's tokenizer has no chat template", remedy=remedy)
+
+    def _templates(self) -> dict[str, Any]:
+        """Chat templates by name; a single one is `default`."""
+        files = {
+            name.removeprefix(_TEMPLATES).removesuffix(".jinja"): name
+            for name in self._files
+            if name.startswith(_TEMPLATES)
+        }
         if "chat_template.jinja" in self._files:
-            return self._artifact.text(_FOLDER + "chat_template.jinja")
-        template = config.get("chat_template")
-        if isinstance(template, list):
-            named = {item.get("name"): item.get("template") for item in template}
-            template = named.get("default")
-        if not isinstance(template, str):
-            remedy = "leave out --chat, or put the conversation's marks into the prompt"
-            raise RequestError("the model's tokenizer has no chat template", remedy=remedy)
-        return template
-
-    def template(self) -> str:
-        """The chat template's source; raises RequestError where there is none."""
-        return self._template(self._config())
+            files["default"] = "chat_template.jinja"
+        if files:
+            return {name: self._artifact.text(_FOLDER + file) for name, file in files.items()}
+        told = self._object("tokenizer_config.json").get("chat_template")
+        if isinstance(told, list):
+            return {
+                str(one.get("name")): one.get("template") for one in told if isinstance(one, dict)
+            }
+        if isinstance(told, dict):
+            return told
+        return {} if told is None else {"default": told}
 
     @property
     def has_template(self) -> bool:
@@ -113,34 +169,22 @@ class Tokenizer:
             return False
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
     ) -> str:
-        """A conversation (role, content) as the text that the model reads."""
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        """A conversation (role, content) as the text that the model reads.
 
-        config = self._config()
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        # As the library that templates are written for has it: no HTML escapes in JSON.
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent
-        )
-        environment.globals["raise_exception"] = _refuse
-        special = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in config.items()
-            if key.endswith("_token") and isinstance(value, (str, dict))
-        }
-        template = self._template(config)
-        try:
-            return environment.from_string(template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **special
-            )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, KeyError) as error:
-            raise RequestError(f"the chat template failed: {error}") from error
+        `template` names one of several templates; `tools` are JSON schemas.
+        """
+        from dcompile.runtime.templates import render
 
-
-def _refuse(message: str) -> None:
-    raise RequestError(f"the chat template refuses: {message}")
+        source = self.template(template, tools is not None)
+        with self._naming_files():
+            roles = {role: token.content for role, token in self._token_files().roles().items()}
+        values = {"add_generation_prompt": add_generation_prompt, **roles}
+        return render(source, messages, tools, documents, **values)

@@ -5,6 +5,9 @@ Each command imports what it needs when it runs: `--help` loads no torch, `run` 
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A named interrupt lets half-made files be removed; by default a process just ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     given = with_command(given)
+    _open_streams()
     try:
         with naming_missing(f"dcompile {given[0]}" if given else "dcompile"):
             app(given, prog_name="dcompile")
@@ -35,15 +39,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         # What the file system refuses anywhere: a name that is too long, a full disk.
-        typer.echo(
-            f"OSError: {error.strerror or error}\n  where  {error.filename!r:.200}", err=True
-        )
+        where = "" if error.filename is None else f"\n  where  {error.filename!r:.200}"
+        typer.echo(f"OSError: {error.strerror or error}{where}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except MemoryError:
         typer.echo("MemoryError: this machine has too little memory for that", err=True)
         sys.exit(1)
+
+
+def _open_streams() -> None:
+    """Stand-ins for streams that the caller has closed: what is told is dropped, results are not."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    if sys.stdout is None:
+        sys.stdout = _Closed()
+
+
+class _Closed(io.TextIOBase):
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "the standard output, which the result goes to, is closed")
 
 
 def _version(wanted: bool) -> None:

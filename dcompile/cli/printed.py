@@ -29,15 +29,26 @@ class Stream:
             if index not in self._ended:
                 so_far.append(token)
         # A block may end inside a character; its other half comes with the next one.
-        text = shown(self._runner.decode(so_far), so_far).rstrip("\ufffd")
+        self._show(index, self._text(index).rstrip("\ufffd"))
+
+    def end(self) -> None:
+        for index in self._tokens:
+            whole = self._text(index)
+            if whole != self._printed[index]:
+                self._show(index, whole)
+        if not self._several:
+            print(file=self._file, flush=True)
+
+    def _text(self, index: int) -> str:
+        tokens = self._tokens[index]
+        return shown(self._runner.decode(tokens), tokens)
+
+    def _show(self, index: int, text: str) -> None:
+        """Print what is new of the text."""
         added = text[len(self._printed.get(index, "")) :]
         self._printed[index] = text
         line = f"[{index}] {added}\n" if self._several else added
         print(line, end="", file=self._file, flush=True)
-
-    def end(self) -> None:
-        if not self._several:
-            print(file=self._file, flush=True)
 
 
 def print_numbered(index: int, result: Result) -> None:

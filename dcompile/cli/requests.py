@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,11 @@ def prompts_of(prompt: str | None, prompt_ids: str | None, file: Path | None) ->
             raise typer.BadParameter("--prompt-ids takes numbers: 1,2,3") from error
     assert file is not None
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        data = file.read_bytes()
+    except OSError as error:
         raise RequestError(f"the prompts cannot be read: {error}", where=str(file)) from error
+    # Of what ends a line elsewhere, JSON's texts may hold everything but this one.
+    lines = data.removeprefix(BOM_UTF8).split(b"\n")
     return [
         _prompt_of(line, f"{file}:{number}")
         for number, line in enumerate(lines, start=1)
@@ -39,14 +42,20 @@ def prompts_of(prompt: str | None, prompt_ids: str | None, file: Path | None) ->
     ]
 
 
-def _prompt_of(line: str, where: str) -> Prompt:
+def _prompt_of(line: bytes, where: str) -> Prompt:
     remedy = 'write {"prompt": "text"} or {"prompt_ids": [1, 2, 3]}'
     try:
-        item = json.loads(line)
+        item = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        what = f"the line is not UTF-8: {error}"
+        raise RequestError(what, where=where, remedy="write the file in UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise RequestError("the line is not JSON", where=where, remedy=remedy) from error
     match item:
         case {"prompt": str(text)} if "prompt_ids" not in item:
+            if any("\ud800" <= sign <= "\udfff" for sign in text):
+                what = "the prompt is no text: code points of it are no characters"
+                raise RequestError(what, where=where, remedy="write whole characters")
             return text
         case {"prompt_ids": list(ids)} if "prompt" not in item:
             return ids

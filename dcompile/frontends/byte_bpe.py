@@ -77,16 +77,15 @@ def _pair(line: str) -> tuple[str, str]:
 
 
 def _added(files: Mapping[str, bytes]) -> Iterator[tuple[int, AddedToken]]:
-    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    flags = ("lstrip", "rstrip", "single_word")
     decoder = read_object(files, "tokenizer_config.json").get("added_tokens_decoder")
     described: dict[str, dict[str, Any]] = {}
     if isinstance(decoder, dict):
         described = {str(t.get("content")): t for t in decoder.values() if isinstance(t, dict)}
-    special = role_tokens(files)
+    roles = role_tokens(files)
     for content, number in added_tokens(files).items():
         told = described.get(content, {})
+        special = bool(told.get("special", content in roles))
         kept = {flag: bool(told.get(flag, False)) for flag in flags}
-        yield (
-            number,
-            AddedToken(content, special=bool(told.get("special", content in special)), **kept),
-        )
+        normalized = bool(told.get("normalized", not special))
+        yield number, AddedToken(content, special=special, normalized=normalized, **kept)

@@ -99,6 +99,7 @@ def _open_folder(folder: Path, mask_id: int | None) -> Checkpoint:
         )
     values = files.read_json(config)
     beside = {name: folder / name for name in tokens.FILES}
+    beside |= {path.relative_to(folder).as_posix(): path for path in folder.glob(tokens.TEMPLATES)}
     try:
         present = {n: files.read_small(path) for n, path in beside.items() if path.is_file()}
     except (OSError, ValueError) as error:

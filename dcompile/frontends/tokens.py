@@ -21,6 +21,7 @@ FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def find_mask_id(

@@ -18,6 +18,9 @@ from dcompile.decoding.scoring import Scorer
 from dcompile.errors import RequestError
 from dcompile.runtime.decode.loop import Runner
 
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""The harness's names of one number; the first that is given counts, as there."""
+
 
 class Request(Protocol):
     """What the harness asks: its `Instance`."""
@@ -58,7 +61,8 @@ class DcompileLM(LM):  # type: ignore[misc,unused-ignore]
         return str(self.runner.artifact.manifest["checkpoint"])
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.runner.tokenizer.template() if chat_template else None
+        name = chat_template if isinstance(chat_template, str) else None
+        return self.runner.tokenizer.template(name) if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -105,11 +109,11 @@ class DcompileLM(LM):  # type: ignore[misc,unused-ignore]
         """Positions to generate, whole blocks and no more than half of the room; temperature."""
         limits = self.runner.limits
         block = limits.block_length
-        wanted = int(asked.get("max_gen_toks", self.max_gen_toks))
+        wanted = int(_told(asked, *_LENGTHS, default=self.max_gen_toks))
         room = max(limits.max_length // 2 // block * block, block)
         length = min(wanted + -wanted % block, room)
-        sampled = bool(asked.get("do_sample", False))
-        return length, float(asked.get("temperature", 1.0)) if sampled else 0.0
+        sampled = bool(asked.get("do_sample"))
+        return length, float(_told(asked, "temperature", default=1.0)) if sampled else 0.0
 
     def _encode(self, text: str) -> list[int]:
         return self.runner.tokenizer.encode(text, special=self._special)
@@ -130,6 +134,11 @@ class DcompileLM(LM):  # type: ignore[misc,unused-ignore]
     @staticmethod
     def _last(ids: list[int], count: int) -> list[int]:
         return ids[max(0, len(ids) - count) :]
+
+
+def _told(asked: Mapping[str, Any], *names: str, default: float) -> Any:
+    """The first of the named values that is there; null stands for the default."""
+    return next((asked[name] for name in names if asked.get(name) is not None), default)
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:

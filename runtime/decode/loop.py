@@ -11,7 +11,7 @@ from dcompile.runtime.artifact import Artifact
 from dcompile.runtime.backend import Backend
 from dcompile.runtime.decode.engine import Emit, Engine, Event, Failed, Finished
 from dcompile.runtime.decode.loaded import Loaded
-from dcompile.runtime.decode.requests import Request, stream
+from dcompile.runtime.decode.requests import Request, sequence, stream
 from dcompile.runtime.decode.sequence import Committed, Result
 
 OnBlock = Callable[[int, list[int]], None]
@@ -53,19 +53,20 @@ class Runner(Loaded):
         if isinstance(prompts, str):
             raise TypeError("prompts is a sequence of prompts, not one text")
         asked = Request((), gen_length, temperature, seed, early_stop, parameters)
-        self.limits.settings(asked)
-        ids = [self.encode(prompt, chat) for prompt in prompts]
+        asked = self.limits.settings(asked)
+        several = sequence(prompts, "prompts", "a list of texts or of lists of ids")
+        ids = [self.encode(prompt, chat) for prompt in several]
         seen: Counter[str] = Counter()
         told = _Told(on_block, on_result)
         with self._turn, Engine(self, waiting=None, waiting_positions=None) as engine:
             for index, prompt in enumerate(ids):
                 # As text: what is no id yet is refused by the engine, and need not have a hash.
-                own = stream(seed, seen[str(prompt)])
+                own = stream(asked.seed, seen[str(prompt)])
                 seen[str(prompt)] += 1
                 engine.submit(replace(asked, prompt=prompt, seed=own), told.of(index))
             while engine.turn():
                 pass
-        return [told.results[index] for index in range(len(prompts))]
+        return [told.results[index] for index in range(len(ids))]
 
 
 class _Told:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,10 @@ from dcompile.errors import ArtifactError, OptionError, RequestError
 
 _LARGEST_EXACT = 1 << 24
 """Parameters travel as float32, which holds no larger count exactly."""
+_LARGEST = float(np.finfo(np.float32).max)
+_GREEDY_BELOW = 1e-30
+"""A logit divided by less may overflow, and below 1.2e-38 float32 has no normal numbers to divide by;
+the noise is too small by far to change a choice there."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +125,21 @@ class Limits:
         """The request with every parameter; raises RequestError where it cannot be served."""
         ids = token_ids(asked.prompt)
         settled = replace(self.settings(asked), prompt=ids)
-        self.check_prompt(ids, asked.gen_length, where)
+        self.check_prompt(ids, settled.gen_length, where)
         return settled
 
     def settings(self, asked: Request) -> Request:
         """As `settle`, whatever the prompt is."""
-        self.check_length(asked.gen_length)
-        check_temperature(asked.temperature)
-        check_seed(asked.seed)
-        return replace(asked, parameters=self.parameters_of(asked.parameters))
+        gen_length, seed = _whole(asked.gen_length), _whole(asked.seed)
+        self.check_length(gen_length)
+        check_seed(seed)
+        return replace(
+            asked,
+            gen_length=gen_length,
+            seed=seed,
+            temperature=temperature_of(asked.temperature),
+            parameters=self.parameters_of(asked.parameters),
+        )
 
     def check_length(self, gen_length: int) -> None:
         if type(gen_length) is not int or gen_length < 1:
@@ -161,32 +172,54 @@ class Limits:
     def parameters_of(self, given: Mapping[str, Any]) -> dict[str, float]:
         """The policy's parameters, with the given ones in place of the defaults."""
         known = ", ".join(self.parameters) or "none"
-        for name, value in given.items():
+        for name in given:
             if name not in self.parameters:
                 what = "the compiled policy has no such parameter"
                 raise RequestError(what, where=name, remedy=f"it has: {known}")
-            _check_parameter(name, value)
-        return {**self.parameters, **{name: float(value) for name, value in given.items()}}
+        return {**self.parameters, **{name: _parameter(name, v) for name, v in given.items()}}
 
 
 def token_ids(prompt: Any) -> list[Any]:
     """A prompt's ids as Python's numbers, of a list or of an array of any library.
 
-    What is no whole number stays, for `Limits.check_prompt` to name it.
+    An array may have leading axes of one row.  What is no whole number stays, for
+    `Limits.check_prompt` to name it; raises RequestError where there is no sequence.
     """
-    if isinstance(prompt, (bytes, bytearray, Mapping)):
-        what = f"a {type(prompt).__name__} is no sequence of token ids"
-        raise RequestError(what, remedy="give a text, or a list of ids")
-    if hasattr(prompt, "tolist"):
-        return np.asarray(prompt.tolist()).reshape(-1).tolist()
-    return [_whole(token) for token in prompt]
+    if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview):
+        prompt = prompt.tolist()
+        while isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):
+            prompt = prompt[0]
+    return [_whole(token) for token in sequence(prompt, "token ids", "a text, or a list of ids")]
 
 
-def _whole(token: Any) -> Any:
+def sequence(given: Any, of: str, remedy: str) -> list[Any]:
+    """What is given in an order of its own; raises RequestError for bytes, mappings, sets, numbers."""
+    if isinstance(given, (str, bytes, bytearray, memoryview, Mapping, Set)) or not isinstance(
+        given, Iterable
+    ):
+        kind = type(given).__name__
+        what = f"a{'n' * (kind[0] in 'aeiou')} {kind} is no sequence of {of}"
+        raise RequestError(what, remedy=f"give {remedy}")
+    return list(given)
+
+
+def _whole(value: Any) -> Any:
+    """A whole number of any library as Python's; anything else as it is, a truth value too."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     try:
-        return token if isinstance(token, bool) else operator.index(token)
+        return value if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        return token
+        return value
+
+
+def _real(value: Any) -> float:
+    """A number of any library as Python's; NaN, which is in no range, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def _aligned(options: Mapping[str, Any], span: int | None) -> bool:
@@ -195,11 +228,12 @@ def _aligned(options: Mapping[str, Any], span: int | None) -> bool:
     return span is not None if aligned is None else bool(aligned)
 
 
-def _check_parameter(name: str, value: Any) -> None:
+def _parameter(name: str, given: Any) -> float:
     def out(rule: str) -> RequestError:
-        return RequestError(f"{value!r} is out of range", where=name, remedy=f"use {rule}")
+        return RequestError(f"{given!r} is out of range", where=name, remedy=f"use {rule}")
 
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    value = _real(given)
+    if not abs(value) <= _LARGEST:
         raise out("a number")
     if name.startswith(("threshold", "tau")):
         if not 0 < value <= 1:
@@ -210,13 +244,19 @@ def _check_parameter(name: str, value: Any) -> None:
             raise out(f"a whole number from {least} on")
     elif value < 0:
         raise out("0 or more")
+    return value
 
 
-def check_temperature(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+def temperature_of(given: Any) -> float:
+    """What the kernels are told; 0, which is greedy, where noise would change no choice."""
+    value = _real(given)
+    if not 0 <= value <= _LARGEST:
         raise RequestError(
-            f"{value!r} is out of range", where="temperature", remedy="use 0 or more"
+            f"{given!r} is out of range",
+            where="temperature",
+            remedy=f"use 0 or more, at most {_LARGEST:.4g}",
         )
+    return value if value >= _GREEDY_BELOW else 0.0
 
 
 def check_seed(value: Any) -> None:

@@ -84,6 +84,33 @@ def test_a_closed_pipe_is_quiet(artifact: str) -> None:
     os.close(write)
 
 
+@pytest.mark.parametrize("more", [[], ["--stream"], ["--json"]])
+def test_a_closed_stream_loses_no_result(artifact: str, more: list[str]) -> None:
+    asked = ["run", artifact, "--prompt-ids", "1", "--gen-length", "4", *more]
+    wanted = dcompile(*asked)
+    assert wanted.returncode == 0
+    command = [sys.executable, "-m", "dcompile", *asked]
+    done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], capture_output=True, text=True)
+    assert done.returncode == 0
+    if not more:  # others have times in them, or come as they are decided
+        assert done.stdout == wanted.stdout
+    assert done.stdout
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("OSError: the standard output")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("more", ["--stream", "--json"])
+def test_a_full_disk_is_named(artifact: str, more: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = dcompile(
+            *("run", artifact, "--prompt-ids", "1", "--gen-length", "4", "-q", more),
+            **{"capture_output": False, "stdout": full, "stderr": subprocess.PIPE},
+        )
+    assert (done.returncode, done.stderr) == (1, "OSError: No space left on device\n")
+
+
 def test_running_loads_no_compiler(artifact: str) -> None:
     text = f"""
 import sys

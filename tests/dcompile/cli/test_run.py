@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import toy
 from commands import call, fails
+from texts import write_tokenizer
 from toy import EOS, MASK, Toy
 from words import WORDS
 
-from dcompile.cli.printed import summary
+from dcompile.cli.printed import Stream, summary
 from dcompile.runtime.decode.sequence import Result
+
+SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c"
+"""What ends a line for Python, and none in JSON."""
 
 
 def test_json_is_one_object_and_nothing_else(
@@ -147,6 +154,51 @@ def test_a_bad_line_is_named(
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt_ids": [1]}\n' + line)
     assert f"{file}:2" in fails(capsys, 1, "run", artifact, "--prompts", str(file), "--json")
+
+
+def test_only_a_line_feed_ends_a_line(
+    talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"a{end} b"}, ensure_ascii=False) for end in SEPARATORS]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n \n{")
+    assert f"{file}:{len(lines) + 2}" in fails(capsys, 1, "run", talking, "--prompts", str(file))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert call("run", talking, "--prompts", str(file), "--gen-length", "4", "--json") == 0
+    assert len(capsys.readouterr().out.split("\n")) == len(lines) + 1
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'{"prompt": "\\ud800"}', "no characters"),
+        (b'\xef\xbb\xbf{"prompt": "a"}', "not JSON"),
+    ],
+)
+def test_a_line_that_is_no_text_is_named(
+    line: bytes, words: str, talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "a"}\n' + line + b"\n")
+    err = fails(capsys, 1, "run", talking, "--prompts", str(file))
+    assert words in err and f"{file}:2" in err
+
+
+def test_a_stream_ends_with_what_was_held_back(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path, {})
+    runner: Any = SimpleNamespace(
+        decode=tokenizer.decode, limits=SimpleNamespace(eos_ids=frozenset())
+    )
+    for several in (False, True):
+        out = io.StringIO()
+        stream = Stream(runner, out, several)
+        torn = tokenizer.encode("a🦙")[:3]
+        for token in torn:
+            stream(0, [token])
+        stream.end()
+        pieces = out.getvalue().replace("[0] ", "").replace("\n", "")
+        assert pieces == tokenizer.decode(torn) == "a\ufffd"
 
 
 def test_no_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,14 @@ import pytest
 from checkpoints import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import Folder
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import GPT2Tokenizer, Qwen2Tokenizer
 
 from dcompile.errors import ConfigError
 from dcompile.frontends.byte_bpe import with_tokenizer_json
 from dcompile.frontends.checkpoint import open_checkpoint
+from dcompile.runtime.tokens import Tokenizer as Written
 
 TEXT = [
     "it's 1234 o'clock, I'LL see\n\n  you soon",
@@ -73,6 +75,30 @@ def test_ids_and_texts_are_those_of_the_class(
     for skip in (True, False):
         want = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         assert ours.decode(ids, skip_special_tokens=skip) == want
+
+
+def test_older_files_say_the_same(tmp_path: Path) -> None:
+    files = files_of(tmp_path, "Qwen2Tokenizer")
+    first = len(json.loads(files["vocab.json"]))
+    texts = [*ADDED, "<caf\u00e9>"]
+    for name, value in {
+        "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"},
+        "added_tokens.json": {text: first + i for i, text in enumerate(texts)},
+        "special_tokens_map.json": {
+            "eos_token": {"content": ADDED[0]},
+            "additional_special_tokens": [*ADDED[1:3]],
+        },
+    }.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    present = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    theirs = Qwen2Tokenizer.from_pretrained(str(tmp_path))
+    for name, data in with_tokenizer_json(present).items():
+        (tmp_path / name).write_bytes(data)
+    ours = Written(Folder(tmp_path))
+    for text in (*TEXT, *texts, "a<|im_end|> <cafe\u0301>b<|mask|>"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_another_class_has_other_words(tmp_path: Path) -> None:

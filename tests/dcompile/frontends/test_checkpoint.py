@@ -540,3 +540,14 @@ def test_an_artifact_is_no_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as error:
             open_checkpoint(tmp_path / name)
         assert "compiled already" in str(error.value) and "dcompile run" in str(error.value)
+
+
+def test_all_files_of_the_tokenizer_come_along(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "c", "llada")
+    (folder / "additional_chat_templates").mkdir()
+    told = {"special_tokens_map.json": "{}", "added_tokens.json": "{}"}
+    told |= {"chat_template.jinja": "a", "additional_chat_templates/rag.jinja": "b"}
+    for name, text in told.items():
+        (folder / name).write_text(text)
+    found = open_checkpoint(folder).tokenizer_files()
+    assert {name: found[name].decode() for name in told} == told

@@ -81,6 +81,31 @@ def test_it_generates_until(integration: ModuleType, artifact: str) -> None:
     assert len(model.generate_until([Instance((long, {"max_gen_toks": 1000}))])) == 1
 
 
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({}, (48, 0.0)),
+        ({"max_gen_toks": 16}, (16, 0.0)),
+        ({"max_new_tokens": 16}, (16, 0.0)),
+        ({"max_tokens": 16}, (16, 0.0)),
+        ({"max_completion_tokens": "16"}, (16, 0.0)),
+        ({"max_gen_toks": None, "max_tokens": 32}, (32, 0.0)),
+        ({"max_gen_toks": 32, "max_new_tokens": 16}, (32, 0.0)),
+        ({"max_gen_toks": None, "do_sample": None, "temperature": None}, (48, 0.0)),
+        ({"do_sample": True, "temperature": None}, (48, 1.0)),
+        ({"do_sample": True, "temperature": 0.5, "until": None}, (48, 0.5)),
+        ({"do_sample": False, "temperature": 0.5}, (48, 0.0)),
+    ],
+    ids=str,
+)
+def test_every_name_of_a_length_is_read_and_null_is_the_default(
+    integration: ModuleType, artifact: str, asked: dict[str, Any], wanted: tuple[int, float]
+) -> None:
+    model = integration.DcompileLM(artifact=artifact, max_gen_toks=48)
+    assert model._wanted(asked) == wanted
+    assert len(model.generate_until([Instance((heldout()[0].prompt, asked))])) == 1
+
+
 def test_answers_are_likelier_than_others_and_greedy(
     integration: ModuleType, artifact: str
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from toy import CACHES, EOS, MASK, VOCAB, Toy, prompts_of
 from dcompile.errors import ContractError, OptionError, RequestError
 from dcompile.runtime.artifact import write_artifact
 from dcompile.runtime.decode.loop import Runner
+from dcompile.runtime.decode.requests import temperature_of
 from dcompile.runtime.state import Binding
 
 SHIFTED = [Toy(**{**vars(t), "shift": True}) for t in CACHES]
@@ -220,17 +222,39 @@ def test_each_block_is_told_once(tmp_path: Path, code: bytes) -> None:
         ({"prompts": [[[1]]]}, "no token id"),
         ({"prompts": [[True]]}, "no token id"),
         ({"prompts": [b"12"]}, "a bytes is no sequence"),
+        ({"prompts": [bytearray(b"12")]}, "a bytearray is no sequence"),
+        ({"prompts": [memoryview(b"12")]}, "a memoryview is no sequence"),
+        ({"prompts": b"12"}, "a bytes is no sequence of prompts"),
         ({"prompts": [{1: 2}]}, "a dict is no sequence"),
+        ({"prompts": [{1, 2}]}, "a set is no sequence"),
+        ({"prompts": {"a": 1}}, "a dict is no sequence of prompts"),
+        ({"prompts": [1, 3, 4]}, "an int is no sequence of token ids"),
+        ({"prompts": np.array([1, 3, 4])}, "an int is no sequence of token ids"),
+        ({"prompts": 5}, "an int is no sequence of prompts"),
+        ({"prompts": [None]}, "a NoneType is no sequence"),
+        ({"prompts": [np.array([1.0, 2.0])]}, r"1.0 is no token id\n.*prompt 0\[0\]"),
+        ({"prompts": [[1, np.float32(2)]]}, r"2.0 is no token id\n.*prompt 0\[1\]"),
+        ({"prompts": [np.array([1, 2.5], object)]}, r"2.5 is no token id\n.*prompt 0\[1\]"),
+        ({"prompts": [np.array([True, 3], object)]}, "True is no token id"),
+        ({"prompts": [[np.True_]]}, "True is no token id"),
+        ({"prompts": [[torch.tensor(True)]]}, "True is no token id"),
+        ({"prompts": [np.array([[1, 3], [4, 5]])]}, r"\[1, 3\] is no token id"),
+        ({"prompts": [["1"]]}, "'1' is no token id"),
         ({"prompts": ["text"]}, "no tokenizer"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
+        ({"temperature": 3.5e38}, "at most 3.403e"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
         ({"seed": 1 << 63}, "seed"),
         ({"seed": 1.0}, "seed"),
         ({"threshold": 0.0}, "more than 0 and at most 1"),
         ({"threshold": 1.01}, "more than 0 and at most 1"),
         ({"threshold": math.nan}, "a number"),
         ({"threshold": "0.5"}, "a number"),
+        ({"threshold": 10**400}, "a number"),
         ({"steps": 4}, "it has: threshold"),
     ],
 )
@@ -265,13 +289,53 @@ def test_any_length_is_a_prefix_of_whole_blocks(
 
 
 @pytest.mark.parametrize(
-    "ids", [(1, 3, 4), np.array([1, 3, 4], np.int32), torch.tensor([[1, 3, 4]]), np.arange(0)]
+    "ids",
+    [
+        (1, 3, 4),
+        range(1, 4),
+        array("q", [1, 3, 4]),
+        np.array([1, 3, 4], np.int32),
+        np.array([1, 3, 4], np.uint64),
+        np.array([1, 3, 4], object),
+        torch.tensor([[1, 3, 4]]),
+        list(torch.tensor([1, 3, 4])),
+        np.arange(0),
+    ],
+    ids=lambda ids: f"{type(ids).__module__}.{type(ids).__name__}",
 )
 def test_ids_may_be_of_any_library(ids: Any, tmp_path: Path, code: bytes) -> None:
     runner = toy.load(tmp_path, Toy(), code)
     wanted = [int(token) for token in np.asarray(ids).reshape(-1)]
     found = runner.generate([ids, list(np.asarray(ids).reshape(-1))], gen_length=4)
     assert [r.all_tokens for r in found] == [toy.decode(Toy(), wanted, 4)[0]] * 2
+
+
+def test_numbers_may_be_of_any_library(tmp_path: Path, code: bytes) -> None:
+    runner = toy.load(tmp_path, Toy(), code)
+    wanted = runner.generate([[1, 3, 4]], gen_length=5, temperature=0.5, seed=7, threshold=0.75)
+    found = runner.generate(
+        iter([[1, 3, 4]]),
+        gen_length=np.int32(5),
+        temperature=np.float32(0.5),
+        seed=np.int64(7),
+        threshold=np.float32(0.75),
+    )
+    assert [r.all_tokens for r in found] == [r.all_tokens for r in wanted]
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-46, 1e-45, 1e-40, 1.1e-38, 1.2e-38, 1e-35])
+def test_the_smallest_temperatures_are_greedy(
+    temperature: float, tmp_path: Path, code: bytes
+) -> None:
+    assert temperature_of(temperature) == 0
+    runner = toy.load(tmp_path, Toy(), code)
+    (found,) = runner.generate([[1, 3, 4]], gen_length=8, temperature=temperature)
+    assert found.all_tokens == toy.decode(Toy(), [1, 3, 4], 8)[0]
+
+
+@pytest.mark.parametrize("temperature", [1e-29, 0.2, 1, 3.4e38])
+def test_other_temperatures_are_told_as_they_are(temperature: float) -> None:
+    assert temperature_of(temperature) == temperature
 
 
 def test_whole_blocks_count_against_the_compiled_length(tmp_path: Path, code: bytes) -> None:
