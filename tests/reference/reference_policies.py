@@ -66,11 +66,9 @@ def best_first(score: Mapping[int, Any]) -> list[int]:
 
 
 def above(confidence: Mapping[int, np.float32], tau: float) -> set[int]:
-    """c >= min(tau, max c - 1e-5)"""
-    if not confidence:
-        return set()
-    bar = min(F(tau), F(max(confidence.values()) - F(1e-5)))
-    return {i for i, c in confidence.items() if c >= bar}
+    """c >= tau; where there is none, the single best."""
+    passed = {i for i, c in confidence.items() if c >= F(tau)}
+    return passed or set(best_first(confidence)[:1])
 
 
 def of_candidates(seen: Seen, values: list[Any]) -> dict[int, Any]:

@@ -15,9 +15,11 @@ from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.policies import find_policy, policy_names
 from dcompile.runtime.decode.loop import Runner
-from dcompile.step.plain_decode import plain_decode
+from dcompile.step.choose import Blocks, write_tokens
+from dcompile.step.plain_decode import fresh_state, plain_decode
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "my_policy.py"
+MASK = 5
 
 
 def test_the_example_is_compiled_into_the_step(tmp_path: Path) -> None:
@@ -66,6 +68,36 @@ def test_memory_is_at_most_a_mebibyte_a_block(name: str, n: int) -> None:
     held = find_policy(name).state.values()
     size = sum(prod(s.shape(n)) * torch.empty(0, dtype=s.dtype).itemsize for s in held)
     assert size <= 1 << 20
+
+
+@pytest.mark.parametrize("name", ["threshold", "edit", "remask", "credit", "d2f"])
+def test_where_none_is_sure_the_best_commits_alone(name: str) -> None:
+    """However close the others are; the lowest position at an exact tie."""
+    scale = torch.tensor([1.0, 1 + 2e-6, 1 + 4e-6, 1 + 4e-6])
+    logits = scale[:, None] * torch.tensor([2.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert iterate(name, logits, [MASK] * 4) == [MASK, MASK, 0, MASK]
+
+
+def iterate(name: str, logits: torch.Tensor, current: list[int], **knobs: float) -> list[int]:
+    """A first iteration of a block of logits [n, V]: its tokens after it."""
+    policy, n = find_policy(name), len(current)
+    zero = torch.zeros(1, dtype=torch.int64)
+    ids = torch.tensor([current])
+    blocks = Blocks(
+        current=ids,
+        position=torch.arange(n)[None],
+        iteration=zero,
+        entered=(ids == MASK).sum(-1),
+        temperature=zero.float(),
+        seed=zero,
+        tick=zero,
+        prompt_end=zero,
+    )
+    values = {name: torch.tensor([value]) for name, value in (policy.parameters | knobs).items()}
+    state = fresh_state(policy, n, "request") | fresh_state(policy, n, "block")
+    written = write_tokens(policy, MASK, logits[None], blocks, values, state)
+    found: list[int] = written.updated[0].tolist()
+    return found
 
 
 @pytest.mark.parametrize(
