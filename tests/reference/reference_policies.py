@@ -79,8 +79,8 @@ def threshold(seen: Seen, knobs: Knobs, memory: Memory) -> Decided:
     return take(seen, above(of_candidates(seen, seen.confidence), knobs["threshold"]))
 
 
-def even_share(seen: Seen, steps: float) -> int:
-    share, rest = divmod(seen.entered, int(steps))
+def even_share(many: int, seen: Seen, steps: float) -> int:
+    share, rest = divmod(many, int(steps))
     return max(share + (seen.iteration < rest), 1)
 
 
@@ -93,7 +93,7 @@ def steps(score: str) -> Reference:
             "entropy": [-h for h in seen.entropy],
         }[score]
         order = best_first(of_candidates(seen, values))
-        return take(seen, order[: even_share(seen, knobs["steps"])])
+        return take(seen, order[: even_share(seen.entered, seen, knobs["steps"])])
 
     return decide
 
@@ -147,7 +147,7 @@ def credit(seen: Seen, knobs: Knobs, memory: Memory) -> Decided:
 def dynamic(seen: Seen, knobs: Knobs, memory: Memory) -> Decided:
     c = of_candidates(seen, seen.confidence)
     sure = {i for i in c if c[i] > F(knobs["threshold"])}
-    share = even_share(seen, knobs["steps"])
+    share = min(even_share(len(seen.current), seen, knobs["steps"]), len(c))
     return take(seen, sure if len(sure) >= share else best_first(c)[:share])
 
 

@@ -78,6 +78,13 @@ def test_where_none_is_sure_the_best_commits_alone(name: str) -> None:
     assert iterate(name, logits, [MASK] * 4) == [MASK, MASK, 0, MASK]
 
 
+def test_dynamic_shares_out_the_length_of_the_block() -> None:
+    """Four in two steps are two a step, although half of the block is the prompt's."""
+    logits = torch.arange(1.0, 5.0)[:, None] * torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert iterate("dynamic", logits, [7, 7, MASK, MASK], steps=2.0) == [7, 7, 0, 0]
+    assert iterate("dynamic", logits, [7, 7, 7, MASK], steps=2.0) == [7, 7, 7, 0]
+
+
 def iterate(name: str, logits: torch.Tensor, current: list[int], **knobs: float) -> list[int]:
     """A first iteration of a block of logits [n, V]: its tokens after it."""
     policy, n = find_policy(name), len(current)
