@@ -183,23 +183,37 @@ def p_of(seen: Seen, i: int) -> np.float32:
     return F(e[seen.current[i]] / e.sum())
 
 
+def count_at(step: int, left: int, knobs: Knobs) -> int:
+    """Timesteps linspace(1, eps, S + 1), int(masks (1 - s / t)), all at the last."""
+    S = int(knobs["steps"])
+    if step >= S - 1:
+        return left
+    slope = (F(1) - F(knobs["eps"])) / F(S)
+    return int(F(left) * slope / (F(1) - slope * F(step)))
+
+
+def first_busy(step: int, left: int, knobs: Knobs) -> int:
+    while left and count_at(step, left, knobs) == 0:
+        step += 1
+    return step
+
+
 def canvas(score: str) -> Reference:
-    """Dream's schedule: timesteps linspace(1, eps, S + 1), int(masks (1 - s / t)), all at the last."""
+    """Dream's schedule: each forward takes its next step whose count is not 0."""
 
     def decide(seen: Seen, knobs: Knobs, memory: Memory) -> Decided:
-        S = int(knobs["steps"])
         left = len(seen.candidates)
-        count = left
-        if seen.iteration < S - 1:
-            slope = (F(1) - F(knobs["eps"])) / F(S)
-            t = F(1) - slope * F(seen.iteration)
-            count = int(F(left) * slope / t)
+        # A block that is drawn in the middle of its schedule has had `iteration` busy steps.
+        before = memory.get("step", seen.iteration + first_busy(0, seen.entered, knobs))
+        step = first_busy(before, left, knobs)
+        memory["step"] = step + 1
         values = {
             "entropy": [-h for h in seen.entropy],
             "margin": seen.margin,
             "maskgit_plus": seen.confidence,
         }[score]
-        return take(seen, best_first(of_candidates(seen, values))[:count])
+        order = best_first(of_candidates(seen, values))
+        return take(seen, order[: count_at(step, left, knobs)])
 
     return decide
 

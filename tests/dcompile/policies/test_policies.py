@@ -85,6 +85,21 @@ def test_dynamic_shares_out_the_length_of_the_block() -> None:
     assert iterate("dynamic", logits, [7, 7, 7, MASK], steps=2.0) == [7, 7, 7, 0]
 
 
+@pytest.mark.parametrize(("name", "first"), [("entropy", 0), ("margin", 1), ("maskgit_plus", 2)])
+def test_idle_steps_of_a_schedule_are_left_out(name: str, first: int) -> None:
+    """With more steps than masks one commits, and it is the first by the policy's own score."""
+    p = torch.tensor(
+        [
+            [0.50, 0.49, 0.01, 0.00, 0.00],  # the least entropy
+            [0.48, 0.13, 0.13, 0.13, 0.13],  # the widest margin
+            [0.60, 0.30, 0.04, 0.03, 0.03],  # the most confident
+        ]
+    )
+    logits = torch.cat((p.clamp_min(1e-9).log(), torch.full((3, 1), -30.0)), 1)
+    wanted = [0 if i == first else MASK for i in range(3)]
+    assert iterate(name, logits, [MASK] * 3, steps=512.0) == wanted
+
+
 def iterate(name: str, logits: torch.Tensor, current: list[int], **knobs: float) -> list[int]:
     """A first iteration of a block of logits [n, V]: its tokens after it."""
     policy, n = find_policy(name), len(current)
