@@ -201,7 +201,10 @@ def _check_parameter(name: str, value: Any) -> None:
 
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise out("a number")
-    if name.startswith(("threshold", "tau")):
+    if name == "threshold_edit":
+        if not 0 <= value <= 1:
+            raise out("0 to 1")
+    elif name.startswith(("threshold", "tau")):
         if not 0 < value <= 1:
             raise out("more than 0 and at most 1")
     elif name.endswith("steps"):

@@ -10,7 +10,7 @@ VOCAB, MASK = 11, 4
 KNOBS: dict[str, st.SearchStrategy[float]] = {
     "threshold": st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.0]),
     "threshold_low": st.sampled_from([0.05, 0.2, 0.6]),
-    "threshold_edit": st.sampled_from([0.05, 0.3, 0.5, 1.0]),
+    "threshold_edit": st.sampled_from([0.0, 0.05, 0.3, 0.5, 1.0]),
     "threshold_remask": st.sampled_from([0.05, 0.2, 0.4, 1.0]),
     "post_steps": st.integers(0, 4).map(float),
     "factor": st.sampled_from([0.0, 0.5, 1.0, 3.0]),
