@@ -552,8 +552,8 @@ def decode(model: nn.Module, prompts: Tensor, block: int, threshold: float) -> l
             token = chosen.argmax(-1)
             confidence = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
             confidence = confidence.masked_fill(~open_, -torch.inf)
-            bar = (confidence.amax(1, keepdim=True) - 1e-5).clamp(max=threshold)
-            commit = confidence >= bar
+            commit = confidence >= threshold
+            commit.scatter_(1, confidence.argmax(1, keepdim=True), True)
             ids[live, window] = torch.where(commit, token, ids[live, window])
             forwards[live] += 1
             committed[live] += commit.sum(1)

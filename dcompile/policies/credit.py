@@ -12,8 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dcompile.policies.base import LAST, NEVER, Choice, Decision, Policy, State
-from dcompile.policies.threshold import sure
+from dcompile.policies.base import LAST, NEVER, Choice, Decision, Policy, State, first_best
 
 # A block of n positions is done in n iterations, so n pairs hold everything that a position has
 # predicted. In longer blocks the pair that gives way has lost all but beta^64 of its credit.
@@ -47,7 +46,9 @@ def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
     confidence = torch.where(some, confidence, choice.confidence)
     confidence = torch.where(choice.candidate, confidence, NEVER)
     state = {"credit_token": token, "credit": credit}
-    wanted = sure(confidence, parameters["threshold"])
+    # The best after the credit, which need not be the best of `choice`.
+    best = first_best(confidence, choice.candidate, choice.position)
+    wanted = (confidence >= parameters["threshold"][:, None]) | best
     return Decision(wanted, token=torch.where(some, chosen, choice.token), state=state)
 
 

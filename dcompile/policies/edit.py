@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from dcompile.policies.base import NEVER, Choice, Decision, Policy, State
-from dcompile.policies.threshold import sure
+from dcompile.policies.base import Choice, Decision, Policy, State
 
 
 def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
@@ -22,8 +20,7 @@ def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
 
     After the last mask it goes on until nothing changes, or for post_steps iterations.
     """
-    confidence = torch.where(choice.candidate, choice.confidence, NEVER)
-    fill = sure(confidence, parameters["threshold"]) & choice.candidate
+    fill = choice.candidate & (choice.confidence >= parameters["threshold"][:, None])
     likely = choice.confidence > parameters["threshold_edit"][:, None]
     full = choice.candidate.any(-1).logical_not()
     # A block that ended by post_steps stays as it is, also where the host looks only later.

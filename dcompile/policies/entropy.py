@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from dcompile.policies.base import Choice, Policy, rank
@@ -17,15 +18,18 @@ from dcompile.policies.steps import score_of
 
 
 def quota(choice: Choice, parameters: Mapping[str, Tensor]) -> Tensor:
-    """int(masks * (1 - s / t)) for timesteps linspace(1, eps, S + 1), all at the last step. [B]"""
-    steps, eps = parameters["steps"].long().clamp_min(1), parameters["eps"]
+    """int(masks * (1 - s / t)) for timesteps linspace(1, eps, S + 1), all at the last step. [B]
+
+    A step whose count is 0 changes nothing and is left out.  Only the first ones are such: after a
+    step with a count, the masks left have fallen by no larger a share than the time.
+    """
+    steps, eps = parameters["steps"].long().clamp_min(1).float(), parameters["eps"]
     left = choice.candidate.sum(-1)
-    slope = (1.0 - eps) / steps.float()
-    t = 1.0 - slope * choice.iteration.float()
-    share = (left.float() * slope / t).long()
-    # At its last step, and after it, everything.
-    last = (choice.iteration >= steps - 1).long()
-    return share * (1 - last) + left * last
+    slope = (1.0 - eps) / steps
+    # The first count is that of the first step with masks * slope >= t.
+    step = choice.iteration.float() - (choice.entered.float() - 1.0 / slope).clamp_max(0.0).floor()
+    share = (left.float() * slope / (1.0 - slope * step)).long().clamp_min(1)
+    return torch.where(step < steps - 1.0, share, left)
 
 
 def schedule(name: str, score: str) -> Policy:

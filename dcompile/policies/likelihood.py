@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dcompile.policies.base import Choice, Decision, Policy, State
-from dcompile.policies.threshold import sure
 
 
 def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
@@ -26,7 +25,7 @@ def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
     confidence = torch.where(choice.candidate, choice.confidence, 1.0)
     told = torch.where(choice.candidate, behind + confidence.log(), 0.0)
     state = {"wanted": choice.state["wanted"], "told": told}
-    return Decision(sure(choice.confidence, parameters["threshold"]), state=state)
+    return Decision(choice.confidence >= parameters["threshold"][:, None], state=state)
 
 
 def _asks(current: Tensor, state: Mapping[str, Tensor]) -> Tensor:

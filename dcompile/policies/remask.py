@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dcompile.policies.base import NEVER, Choice, Decision, Policy, rank
-from dcompile.policies.threshold import sure
 
 
 def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
@@ -31,7 +30,8 @@ def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Decision:
     confidence = torch.where(open_, choice.confidence, NEVER)
     least = reopen.sum(-1) + 1
     topped_up = rank(confidence, choice.position) < least[:, None]
-    wanted = (sure(confidence, parameters["threshold"]) | topped_up) & open_
+    sure = confidence >= parameters["threshold"][:, None]
+    wanted = (sure | topped_up) & open_
     return Decision(wanted, reopen=reopen)
 
 

@@ -18,11 +18,14 @@ from dcompile.policies.base import NEVER, Choice, Policy, rank
 SCORES = ("low_confidence", "random", "margin", "entropy")
 
 
-def quota(choice: Choice, steps: Tensor) -> Tensor:
-    """Tokens to commit this iteration, [B]: floor(m / S), one more in the first m mod S, at least 1."""
+def quota(many: Tensor, choice: Choice, steps: Tensor) -> Tensor:
+    """Of `many` tokens in S steps, this one's: floor(many / S), +1 in the first many mod S. [B]
+
+    At least 1.
+    """
     total = steps.long().clamp_min(1)
-    base = choice.entered // total
-    extra = (choice.iteration < choice.entered - base * total).long()
+    base = many // total
+    extra = (choice.iteration < many - base * total).long()
     return (base + extra).clamp_min(1)
 
 
@@ -48,7 +51,7 @@ def steps(score: str) -> Policy:
 
     def commit(choice: Choice, parameters: Mapping[str, Tensor]) -> Tensor:
         place = rank(score_of(choice, score), choice.position)
-        return place < quota(choice, parameters["steps"])[:, None]
+        return place < quota(choice.entered, choice, parameters["steps"])[:, None]
 
     return Policy("steps", commit, {"steps": 32.0})
 

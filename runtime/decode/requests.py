@@ -235,7 +235,10 @@ def _parameter(name: str, given: Any) -> float:
     value = _real(given)
     if not abs(value) <= _LARGEST:
         raise out("a number")
-    if name.startswith(("threshold", "tau")):
+    if name == "threshold_edit":
+        if not 0 <= value <= 1:
+            raise out("0 to 1")
+    elif name.startswith(("threshold", "tau")):
         if not 0 < value <= 1:
             raise out("more than 0 and at most 1")
     elif name.endswith("steps"):

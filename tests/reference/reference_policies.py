@@ -66,11 +66,9 @@ def best_first(score: Mapping[int, Any]) -> list[int]:
 
 
 def above(confidence: Mapping[int, np.float32], tau: float) -> set[int]:
-    """c >= min(tau, max c - 1e-5)"""
-    if not confidence:
-        return set()
-    bar = min(F(tau), F(max(confidence.values()) - F(1e-5)))
-    return {i for i, c in confidence.items() if c >= bar}
+    """c >= tau; where there is none, the single best."""
+    passed = {i for i, c in confidence.items() if c >= F(tau)}
+    return passed or set(best_first(confidence)[:1])
 
 
 def of_candidates(seen: Seen, values: list[Any]) -> dict[int, Any]:
@@ -81,8 +79,8 @@ def threshold(seen: Seen, knobs: Knobs, memory: Memory) -> Decided:
     return take(seen, above(of_candidates(seen, seen.confidence), knobs["threshold"]))
 
 
-def even_share(seen: Seen, steps: float) -> int:
-    share, rest = divmod(seen.entered, int(steps))
+def even_share(many: int, seen: Seen, steps: float) -> int:
+    share, rest = divmod(many, int(steps))
     return max(share + (seen.iteration < rest), 1)
 
 
@@ -95,7 +93,7 @@ def steps(score: str) -> Reference:
             "entropy": [-h for h in seen.entropy],
         }[score]
         order = best_first(of_candidates(seen, values))
-        return take(seen, order[: even_share(seen, knobs["steps"])])
+        return take(seen, order[: even_share(seen.entered, seen, knobs["steps"])])
 
     return decide
 
@@ -149,7 +147,7 @@ def credit(seen: Seen, knobs: Knobs, memory: Memory) -> Decided:
 def dynamic(seen: Seen, knobs: Knobs, memory: Memory) -> Decided:
     c = of_candidates(seen, seen.confidence)
     sure = {i for i in c if c[i] > F(knobs["threshold"])}
-    share = even_share(seen, knobs["steps"])
+    share = min(even_share(len(seen.current), seen, knobs["steps"]), len(c))
     return take(seen, sure if len(sure) >= share else best_first(c)[:share])
 
 
@@ -185,23 +183,37 @@ def p_of(seen: Seen, i: int) -> np.float32:
     return F(e[seen.current[i]] / e.sum())
 
 
+def count_at(step: int, left: int, knobs: Knobs) -> int:
+    """Timesteps linspace(1, eps, S + 1), int(masks (1 - s / t)), all at the last."""
+    S = int(knobs["steps"])
+    if step >= S - 1:
+        return left
+    slope = (F(1) - F(knobs["eps"])) / F(S)
+    return int(F(left) * slope / (F(1) - slope * F(step)))
+
+
+def first_busy(step: int, left: int, knobs: Knobs) -> int:
+    while left and count_at(step, left, knobs) == 0:
+        step += 1
+    return step
+
+
 def canvas(score: str) -> Reference:
-    """Dream's schedule: timesteps linspace(1, eps, S + 1), int(masks (1 - s / t)), all at the last."""
+    """Dream's schedule: each forward takes its next step whose count is not 0."""
 
     def decide(seen: Seen, knobs: Knobs, memory: Memory) -> Decided:
-        S = int(knobs["steps"])
         left = len(seen.candidates)
-        count = left
-        if seen.iteration < S - 1:
-            slope = (F(1) - F(knobs["eps"])) / F(S)
-            t = F(1) - slope * F(seen.iteration)
-            count = int(F(left) * slope / t)
+        # A block that is drawn in the middle of its schedule has had `iteration` busy steps.
+        before = memory.get("step", seen.iteration + first_busy(0, seen.entered, knobs))
+        step = first_busy(before, left, knobs)
+        memory["step"] = step + 1
         values = {
             "entropy": [-h for h in seen.entropy],
             "margin": seen.margin,
             "maskgit_plus": seen.confidence,
         }[score]
-        return take(seen, best_first(of_candidates(seen, values))[:count])
+        order = best_first(of_candidates(seen, values))
+        return take(seen, order[: count_at(step, left, knobs)])
 
     return decide
 

@@ -43,8 +43,8 @@ def decode(
                 chosen = [i for i in best[: max(count, 1)] if bool(candidate[i])]
             else:
                 assert threshold is not None
-                bar = min(threshold, float(score.max()) - 1e-5)
-                chosen = [i for i in range(len(part)) if candidate[i] and float(score[i]) >= bar]
+                chosen = [i for i in range(len(part)) if float(score[i]) >= threshold]
+                chosen = chosen or [int(score.argmax())]
             for i in chosen:
                 part[i] = token[begin + i]
             turn += 1

@@ -60,7 +60,8 @@ def decode(model: nn.Module, prompt: list[int], mask: int, eos: int) -> list[int
             p[:, mask] = -1
             confidence, token = p.max(-1)
             confidence[block != mask] = -1
-            commit = confidence >= min(THRESHOLD, float(confidence.max()) - 1e-5)
+            commit = confidence >= THRESHOLD
+            commit[confidence.argmax()] = True
             block[commit] = token[commit]
         if (block == eos).any():
             break

@@ -15,9 +15,11 @@ from dcompile.frontends.checkpoint import open_checkpoint
 from dcompile.options import Options
 from dcompile.policies import find_policy, policy_names
 from dcompile.runtime.decode.loop import Runner
-from dcompile.step.plain_decode import plain_decode
+from dcompile.step.choose import Blocks, write_tokens
+from dcompile.step.plain_decode import fresh_state, plain_decode
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "my_policy.py"
+MASK = 5
 
 
 def test_the_example_is_compiled_into_the_step(tmp_path: Path) -> None:
@@ -66,6 +68,58 @@ def test_memory_is_at_most_a_mebibyte_a_block(name: str, n: int) -> None:
     held = find_policy(name).state.values()
     size = sum(prod(s.shape(n)) * torch.empty(0, dtype=s.dtype).itemsize for s in held)
     assert size <= 1 << 20
+
+
+@pytest.mark.parametrize("name", ["threshold", "edit", "remask", "credit", "d2f"])
+def test_where_none_is_sure_the_best_commits_alone(name: str) -> None:
+    """However close the others are; the lowest position at an exact tie."""
+    scale = torch.tensor([1.0, 1 + 2e-6, 1 + 4e-6, 1 + 4e-6])
+    logits = scale[:, None] * torch.tensor([2.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert iterate(name, logits, [MASK] * 4) == [MASK, MASK, 0, MASK]
+
+
+def test_dynamic_shares_out_the_length_of_the_block() -> None:
+    """Four in two steps are two a step, although half of the block is the prompt's."""
+    logits = torch.arange(1.0, 5.0)[:, None] * torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert iterate("dynamic", logits, [7, 7, MASK, MASK], steps=2.0) == [7, 7, 0, 0]
+    assert iterate("dynamic", logits, [7, 7, 7, MASK], steps=2.0) == [7, 7, 7, 0]
+
+
+@pytest.mark.parametrize(("name", "first"), [("entropy", 0), ("margin", 1), ("maskgit_plus", 2)])
+def test_idle_steps_of_a_schedule_are_left_out(name: str, first: int) -> None:
+    """With more steps than masks one commits, and it is the first by the policy's own score."""
+    p = torch.tensor(
+        [
+            [0.50, 0.49, 0.01, 0.00, 0.00],  # the least entropy
+            [0.48, 0.13, 0.13, 0.13, 0.13],  # the widest margin
+            [0.60, 0.30, 0.04, 0.03, 0.03],  # the most confident
+        ]
+    )
+    logits = torch.cat((p.clamp_min(1e-9).log(), torch.full((3, 1), -30.0)), 1)
+    wanted = [0 if i == first else MASK for i in range(3)]
+    assert iterate(name, logits, [MASK] * 3, steps=512.0) == wanted
+
+
+def iterate(name: str, logits: torch.Tensor, current: list[int], **knobs: float) -> list[int]:
+    """A first iteration of a block of logits [n, V]: its tokens after it."""
+    policy, n = find_policy(name), len(current)
+    zero = torch.zeros(1, dtype=torch.int64)
+    ids = torch.tensor([current])
+    blocks = Blocks(
+        current=ids,
+        position=torch.arange(n)[None],
+        iteration=zero,
+        entered=(ids == MASK).sum(-1),
+        temperature=zero.float(),
+        seed=zero,
+        tick=zero,
+        prompt_end=zero,
+    )
+    values = {name: torch.tensor([value]) for name, value in (policy.parameters | knobs).items()}
+    state = fresh_state(policy, n, "request") | fresh_state(policy, n, "block")
+    written = write_tokens(policy, MASK, logits[None], blocks, values, state)
+    found: list[int] = written.updated[0].tolist()
+    return found
 
 
 @pytest.mark.parametrize(
