@@ -11,6 +11,7 @@ from torch import nn
 from dcompile.errors import ConfigError
 from dcompile.ir.weights import Recipe, Source, Stack
 
+COMPUTED = "the only case that this model's definition computes"
 REPEATED = ("rope_theta", "partial_rotary_factor")  # newer configs have these in an object too
 
 
@@ -138,11 +139,11 @@ class Config:
             raise self.error(key, "a string")
         return value
 
-    def only(self, key: str, *computed: object) -> None:
-        """Refuse a value other than those that this project's definition computes."""
+    def only(self, key: str, *computed: object, why: str = COMPUTED) -> None:
+        """Refuse a value other than `computed`; `why` says what makes them so."""
         if self.given(key) and not any(_same(self.values[key], value) for value in computed):
             listed = " or ".join(repr(value) for value in computed) or "null"
-            raise self.error(key, f"{listed}, the only case that this model's definition computes")
+            raise self.error(key, f"{listed}: {why}")
 
     def divides(self, key: str, by: str) -> int:
         """`key` / `by`, which must be whole."""

@@ -89,10 +89,14 @@ def attention_sizes(config: Config) -> AttentionSizes:
     head_dim = config.divides("d_model", "n_heads")
     heads = config.size("n_heads")
     null = "n_kv_heads" in config.values and not config.given("n_kv_heads")
+    kv_heads = heads if null else heads // config.divides("n_heads", "n_kv_heads")
+    if config.given("multi_query_attention") and kv_heads != heads:
+        # The authors' code takes false for as many as `n_heads`, and stops where they differ.
+        raise config.error("multi_query_attention", f"null, as 'n_kv_heads' is {kv_heads}")
     return AttentionSizes(
         hidden=config.size("d_model"),
         heads=heads,
-        kv_heads=heads if null else heads // config.divides("n_heads", "n_kv_heads"),
+        kv_heads=kv_heads,
         head_dim=head_dim,
         eps=config.number("rms_norm_eps"),
     )

@@ -100,6 +100,12 @@ def refuse_what_is_not_computed(config: Config) -> None:
     config.only("use_rmsnorm", True)
     config.only("use_sliding_window", False)
     config.only("using_split_qkv_in_self_attention", False)
+    config.only("num_nextn_predict_layers", 0)
+    always_divided = "the authors' code always divides the experts' weights by their sum"
+    config.only("norm_topk_prob", True, why=always_divided)
+    config.only("norm_head", False, why="the authors' code never normalises the head")
+    config.only("norm_softmax", False, why="the authors' code never normalises the logits")
+    config.only("router_dtype", "fp32", "float32", why="the authors' code routes in float32")
 
 
 def decoder_sizes(config: Config, head_dim: int) -> DecoderSizes:
@@ -122,13 +128,17 @@ def moe_sizes(config: Config) -> MoESizes:
     kept = config.integer("topk_group", 1, groups)
     if config.divides("num_experts", "n_group") < 2 and groups > 1:
         raise config.error("n_group", f"groups of two experts or more, of {experts}")
+    top_k = config.integer("num_experts_per_tok", 1, experts // groups * kept)
+    if top_k == 1:
+        undivided = "the authors' code does not divide the weight of a lone expert"
+        raise config.error("num_experts_per_tok", f"two or more: {undivided}")
     inner = config.size("moe_intermediate_size")
     return MoESizes(
         hidden=config.size("hidden_size"),
         inner=inner,
         experts=experts,
-        top_k=config.integer("num_experts_per_tok", 1, experts // groups * kept),
-        renormalize=config.flag("norm_topk_prob", True),
+        top_k=top_k,
+        renormalize=True,
         scale=config.number("routed_scaling_factor"),
         groups=groups,
         kept_groups=kept,

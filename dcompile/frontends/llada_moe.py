@@ -57,6 +57,11 @@ def refuse_what_is_not_computed(config: Config) -> None:
     config.only("moe_router_score_function", "softmax")
     config.only("moe_router_enable_expert_bias", False)
     config.only("shared_expert_intermediate_size", 0)
+    never_scaled = "the authors' code never scales the experts' weights"
+    config.only("routed_scaling_factor", 1, why=never_scaled)
+    if config.required_flag("norm_topk_prob"):
+        never_divided = "the authors' code never divides the experts' weights by their sum"
+        raise config.error("norm_topk_prob", f"False: {never_divided}")
     config.only("router_num_group", 1)
     config.only("router_topk_group", 1)
 
@@ -78,8 +83,7 @@ def moe_sizes(config: Config) -> MoESizes:
         inner=config.size("expert_intermediate_size"),
         experts=experts,
         top_k=config.integer("num_experts_per_tok", 1, experts),
-        renormalize=config.required_flag("norm_topk_prob"),
-        scale=config.number("routed_scaling_factor", 1.0),
+        renormalize=False,
     )
 
 

@@ -276,6 +276,7 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("llada", "include_qkv_bias", {"include_qkv_bias": True}),
     ("llada", "block_type", {"block_type": "sequential"}),
     ("llada", "layer_norm_type", {"layer_norm_type": "default"}),
+    ("llada", "multi_query_attention", {"multi_query_attention": False}),
     ("llada2", "num_experts", {"n_group": 3}),
     ("llada2", "n_group", {"n_group": 8}),
     ("llada2", "topk_group", {"topk_group": 5}),
@@ -283,6 +284,7 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("llada2", "rotary_dim", {"rotary_dim": 16}),
     ("llada2", "first_k_dense_replace", {"first_k_dense_replace": 4}),
     ("llada2", "use_sliding_window", {"use_sliding_window": True}),
+    ("llada2", "num_nextn_predict_layers", {"num_nextn_predict_layers": 1}),
     ("llada2", "score_function", {"score_function": "softmax"}),
     ("llada2", "block_size", {"block_length": 8, "block_size": 16}),
     ("dream", "use_sliding_window", {"use_sliding_window": True}),
@@ -298,6 +300,25 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
 def test_contradictions(tmp_path: Path, family: str, key: str, changes: dict[str, Any]) -> None:
     folder = edit_config(write_checkpoint(tmp_path, family), **changes)
     refused(ConfigError, folder, repr(key), "config.json", "expected")
+
+
+IGNORED_BY_THE_AUTHORS: list[tuple[str, str, object]] = [
+    ("llada_moe", "norm_topk_prob", True),
+    ("llada_moe", "routed_scaling_factor", 2.5),
+    ("llada2", "norm_topk_prob", False),
+    ("llada2", "num_experts_per_tok", 1),
+    ("llada2", "norm_head", True),
+    ("llada2", "norm_softmax", True),
+    ("llada2", "router_dtype", "bf16"),
+]
+
+
+@pytest.mark.parametrize(("family", "key", "value"), IGNORED_BY_THE_AUTHORS)
+def test_what_the_authors_code_ignores_is_not_obeyed(
+    tmp_path: Path, family: str, key: str, value: object
+) -> None:
+    folder = edit_config(write_checkpoint(tmp_path, family), **{key: value})
+    refused(ConfigError, folder, repr(key), "config.json", "the authors' code")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"a": NaN', "\x00\xff", "[" * 100000])
