@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from dcompile.errors import ConfigError
+from dcompile.frontends.layers import Decoder
 from dcompile.ir.weights import Recipe, Source, Stack
 
 COMPUTED = "the only case that this model's definition computes"
@@ -57,7 +57,7 @@ class Definition:
     max_positions: int | None
     layer_kinds: tuple[str, ...]
     defaults: Defaults
-    build: Callable[[Sequence[int], torch.dtype], nn.Module]  # the named layers, in order
+    build: Callable[[Sequence[int], torch.dtype], Decoder]  # the named layers, in order
     rename: Callable[[str], str]  # a parameter's name -> the name of its checkpoint tensor
     num_experts: int = 0
     block_length: int | None = None

@@ -18,6 +18,7 @@ from dcompile.frontends import files, tokens
 from dcompile.frontends.base import Config, Definition, ModelSpec
 from dcompile.frontends.byte_bpe import with_tokenizer_json
 from dcompile.frontends.families import family_of
+from dcompile.frontends.unused import refuse_what_differs, replaced
 from dcompile.ir.weights import Recipe, Stack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,6 +115,8 @@ def _open(
 ) -> Checkpoint:
     definition = family_of(config)(config)
     recipes = _check_tensors(definition, tensors.headers)
+    dtype = _dtype(config, tensors.headers)
+    refuse_what_differs(definition, dtype, tensors)
     spec = ModelSpec(
         family=definition.family,
         vocab_size=definition.vocab_size,
@@ -122,7 +125,7 @@ def _open(
         max_positions=definition.max_positions,
         block_length=definition.block_length,
         shift=definition.shift,
-        dtype=_dtype(config, tensors.headers),
+        dtype=dtype,
         layer_kinds=definition.layer_kinds,
         defaults=definition.defaults,
     )
@@ -144,8 +147,7 @@ def _check_tensors(
     }
     for name, shape in expected.items():
         _check_tensor(name, shape, headers)
-    tied = {definition.rename("lm_head.weight")} if definition.tied else set()
-    surplus = [name for name in headers if name not in expected and not _harmless(name, tied)]
+    surplus = [name for name in headers if name not in expected and not replaced(definition, name)]
     if surplus:
         raise TensorError(
             f"{len(surplus)} tensors that the config does not describe, such as {surplus[0]!r}",
@@ -175,10 +177,6 @@ def _check_tensor(name: str, shape: tuple[int, ...], headers: Mapping[str, files
             where=header.file,
             remedy="save the checkpoint's weights in one of these dtypes",
         )
-
-
-def _harmless(name: str, tied: set[str]) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or name in tied
 
 
 def _dtype(config: Config, headers: Mapping[str, files.Header]) -> torch.dtype:

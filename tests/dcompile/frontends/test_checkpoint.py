@@ -119,16 +119,57 @@ def test_tokenizer_files_are_those_that_exist(tmp_path: Path) -> None:
     assert tokenizer.token_to_id("<|endoftext|>") == EOS
 
 
-def test_harmless_surplus_is_ignored(tmp_path: Path) -> None:
+def frequencies(theta: float) -> torch.Tensor:
+    """Of a rotary embedding of 16 dimensions: [8]"""
+    return theta ** (-torch.arange(8) / 8)
+
+
+def test_surplus_that_says_the_same_is_ignored(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "sdar", tie_word_embeddings=True)
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     surplus = {
-        "model.rotary_emb.inv_freq": torch.ones(8),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-        "lm_head.weight": torch.ones(131, 64),
+        "model.rotary_emb.inv_freq": frequencies(1e6),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies(1e6).bfloat16(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": frequencies(1e6).half(),
+        "lm_head.weight": table.clone(),
     }
     checkpoint = open_checkpoint(edit_tensors(folder, lambda t: t.update(surplus)))
     model = checkpoint.reference()
     assert torch.equal(model.lm_head.weight, model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "tie", "head", "table"),
+    [
+        ("llada", "weight_tying", "model.transformer.ff_out", "model.transformer.wte"),
+        ("llada2", "tie_word_embeddings", "lm_head", "model.word_embeddings"),
+        ("dream", "tie_word_embeddings", "lm_head", "model.embed_tokens"),
+    ],
+)
+def test_a_tied_model_with_another_head_is_refused(
+    tmp_path: Path, family: str, tie: str, head: str, table: str
+) -> None:
+    def another(tensors: dict[str, torch.Tensor]) -> None:
+        made = tensors[f"{table}.weight"].clone()
+        made[-1, -1] += 1
+        tensors[f"{head}.weight"] = made
+
+    folder = edit_tensors(write_checkpoint(tmp_path, family, **{tie: True}), another)
+    refused(TensorError, folder, f"{head}.weight", f"{table}.weight", "differs", tie)
+    # The remedy works: the stored one is used.
+    model = open_checkpoint(edit_config(folder, **{tie: False})).reference()
+    assert (model.lm_head.weight != model.embed_tokens.weight).sum() == 1
+
+
+@pytest.mark.parametrize(
+    "stored", [frequencies(1e4), frequencies(1e4).bfloat16(), frequencies(1e6)[:4]]
+)
+def test_other_rotary_frequencies_than_the_configs_are_refused(
+    tmp_path: Path, stored: torch.Tensor
+) -> None:
+    surplus = {"model.rotary_emb.inv_freq": stored}
+    folder = edit_tensors(write_checkpoint(tmp_path, "sdar"), lambda t: t.update(surplus))
+    refused(TensorError, folder, "model.rotary_emb.inv_freq", "rotary", "1e+06")
 
 
 def test_null_stands_for_none_where_the_authors_say_so(tmp_path: Path) -> None:
