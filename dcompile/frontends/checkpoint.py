@@ -21,6 +21,20 @@ from dcompile.frontends.families import family_of
 from dcompile.frontends.unused import refuse_what_differs, replaced
 from dcompile.ir.weights import Recipe, Stack
 
+# What transformers writes into any config, and what says how a model was trained or is to be used.
+HARMLESS = """
+    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures
+    attention_dropout attn_implementation auto_map bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size eos_token_id finetuning_task gradient_checkpointing id2label
+    initializer_range is_decoder is_encoder_decoder label2id length_penalty mask_token_id max_length
+    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version typical_p
+    unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict
+"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,6 +67,7 @@ class Checkpoint:
 
     spec: ModelSpec
     recipes: Mapping[str, Recipe]  # by the full module's parameter names
+    unread: tuple[str, ...]  # keys of the config that may mean something, and were not read
     _definition: Definition
     _tensors: files.Tensors
     _tokenizer_files: Mapping[str, bytes]
@@ -129,7 +144,8 @@ def _open(
         layer_kinds=definition.layer_kinds,
         defaults=definition.defaults,
     )
-    return Checkpoint(spec, recipes, definition, tensors, present)
+    config.ignore(HARMLESS)
+    return Checkpoint(spec, recipes, config.unread(), definition, tensors, present)
 
 
 def _check_tensors(
@@ -181,12 +197,13 @@ def _check_tensor(name: str, shape: tuple[int, ...], headers: Mapping[str, files
 
 def _dtype(config: Config, headers: Mapping[str, files.Header]) -> torch.dtype:
     """What the config says, else the dtype that most of the weights have."""
-    for key in ("torch_dtype", "dtype"):
-        if config.given(key):
-            name = str(config.values[key]).removeprefix("torch.")
-            if name not in DTYPES:
-                raise config.error(key, " or ".join(DTYPES))
-            return DTYPES[name]
+    stated = {key: config.get(key) for key in ("torch_dtype", "dtype") if config.given(key)}
+    named = {key: str(value).removeprefix("torch.") for key, value in stated.items()}
+    for key, name in named.items():
+        if name not in DTYPES or name != next(iter(named.values())):
+            raise config.error(key, f"one of {', '.join(DTYPES)}, the same under either key")
+    if named:
+        return DTYPES[next(iter(named.values()))]
     elements: Counter[torch.dtype] = Counter()
     for header in headers.values():
         if isinstance(header.dtype, torch.dtype):
