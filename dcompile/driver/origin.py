@@ -48,7 +48,7 @@ def open_origin(path: Path, options: Options) -> Origin:
         return of_module(open_exported(path), options)
     from dcompile.frontends.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(path, mask_id=options.mask_id)
+    checkpoint = open_checkpoint(path, options.mask_id, options.block_length)
     spec = checkpoint.spec
     if options.eos_ids is not None:
         spec = replace(spec, eos_ids=options.eos_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ import torch
 from dcompile.errors import ConfigError
 from dcompile.frontends.layers import Decoder
 from dcompile.ir.weights import Recipe, Source, Stack
+
+log = logging.getLogger(__name__)
 
 COMPUTED = "the only case that this model's definition computes"
 
@@ -86,6 +89,7 @@ class Config:
 
     values: Mapping[str, object]
     file: str
+    block_length: int | None = None  # the user's, for a block-causal mask that no key describes
     asked: set[str] = field(default_factory=set, compare=False)
 
     def get(self, key: str) -> object:
@@ -175,11 +179,19 @@ class Config:
 
 
 def block_length(config: Config, default: int) -> int:
-    """The block of a block-causal attention mask, under either spelling."""
-    length = config.size("block_length", config.size("block_size", default))
-    if config.size("block_size", length) != length:
-        raise config.error("block_size", f"the same as 'block_length', which is {length}")
-    return length
+    """The block of a block-causal attention mask: the config's, the user's, else the family's."""
+    stated = {key: config.size(key) for key in ("block_length", "block_size") if config.given(key)}
+    if len(set(stated.values())) > 1:
+        what = f"the same as 'block_length', which is {stated['block_length']}"
+        raise config.error("block_size", what)
+    if stated:
+        return next(iter(stated.values()))
+    if config.block_length not in (None, default):
+        text = (
+            "%s: no 'block_length'; the attention's blocks have the %d positions asked for, not %d"
+        )
+        log.warning(text, config.file, config.block_length, default)
+    return config.block_length or default
 
 
 def _same(a: object, b: object) -> bool:

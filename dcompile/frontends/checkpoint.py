@@ -38,8 +38,14 @@ HARMLESS = """
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open_checkpoint(path: str | Path, mask_id: int | None = None) -> Checkpoint:
-    """Opens a Hugging Face folder or a `model.pt`; `mask_id` overrules what the files say."""
+def open_checkpoint(
+    path: str | Path, mask_id: int | None = None, block_length: int | None = None
+) -> Checkpoint:
+    """Opens a Hugging Face folder or a `model.pt`.
+
+    `mask_id` overrules what the files say; `block_length` is a block-causal mask's where they say
+    nothing of it.
+    """
     path = Path(path)
     if (path.suffix == ".dcx" and path.exists()) or (path / "plan.json").is_file():
         raise CheckpointError(
@@ -48,10 +54,10 @@ def open_checkpoint(path: str | Path, mask_id: int | None = None) -> Checkpoint:
             remedy=f"dcompile run {path} --prompt TEXT",
         )
     if path.is_dir():
-        return _open_folder(path, mask_id)
+        return _open_folder(path, mask_id, block_length)
     if path.is_file() and path.suffix != ".safetensors":
         values, tensors = files.open_state_dict(path)
-        return _open(Config(values, f"{path}, config"), tensors, {}, mask_id)
+        return _open(Config(values, f"{path}, config", block_length), tensors, {}, mask_id)
     raise CheckpointError(
         "no checkpoint is there"
         if not path.exists()
@@ -105,15 +111,15 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _open_folder(folder: Path, mask_id: int | None) -> Checkpoint:
-    config = folder / "config.json"
-    if not config.is_file():
+def _open_folder(folder: Path, mask_id: int | None, block_length: int | None) -> Checkpoint:
+    file = folder / "config.json"
+    if not file.is_file():
         raise CheckpointError(
             "the folder has no config.json",
             where=str(folder),
             remedy="give the folder of a Hugging Face checkpoint: config.json, *.safetensors",
         )
-    values = files.read_json(config)
+    config = Config(files.read_json(file), str(file), block_length)
     beside = {name: folder / name for name in tokens.FILES}
     try:
         present = {n: files.read_small(path) for n, path in beside.items() if path.is_file()}
@@ -121,8 +127,8 @@ def _open_folder(folder: Path, mask_id: int | None) -> Checkpoint:
         what = f"a file beside the weights cannot be read: {error}"
         raise CheckpointError(what, where=str(folder), remedy="restore the file") from None
     # An unknown architecture is said before anything about its tensors.
-    family_of(Config(values, str(config)))
-    return _open(Config(values, str(config)), files.open_folder(folder), present, mask_id)
+    family_of(config)
+    return _open(config, files.open_folder(folder), present, mask_id)
 
 
 def _open(

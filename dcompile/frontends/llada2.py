@@ -64,7 +64,8 @@ def read(config: Config) -> Definition:
     attention = attention_sizes(config, own_head(config), qk_norm=config.flag("use_qk_norm", True))
     kinds = layer_kinds(config)
     full_attention_only(config, len(kinds))
-    decoder = decoder_sizes(config, attention.head_dim)
+    length = block_length(config, BLOCK_LENGTH)
+    decoder = decoder_sizes(config, attention.head_dim, length)
     moe = moe_sizes(config)
     dense = config.size("intermediate_size") if "dense" in kinds else 0
     layout = Layout(
@@ -76,7 +77,6 @@ def read(config: Config) -> Definition:
             "dense": partial(GatedFFN, attention.hidden, dense),
         },
     )
-    length = block_length(config, BLOCK_LENGTH)
     return Definition(
         family="llada2",
         vocab_size=decoder.vocab,
@@ -110,14 +110,14 @@ def refuse_what_is_not_computed(config: Config) -> None:
     config.only("router_dtype", "fp32", "float32", why="the authors' code routes in float32")
 
 
-def decoder_sizes(config: Config, head_dim: int) -> DecoderSizes:
+def decoder_sizes(config: Config, head_dim: int, length: int) -> DecoderSizes:
     return DecoderSizes(
         vocab=config.size("vocab_size"),
         hidden=config.size("hidden_size"),
         eps=config.number("rms_norm_eps"),
         rotary_dim=rotary_dim(config, head_dim),
         theta=rope_theta(config),
-        block_length=block_length(config, BLOCK_LENGTH),
+        block_length=length,
     )
 
 

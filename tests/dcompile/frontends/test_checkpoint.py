@@ -306,6 +306,24 @@ def test_mask_id_given_by_the_user_wins(tmp_path: Path) -> None:
     refused(ConfigError, folder, "--mask-id", "131", mask_id=131)
 
 
+@pytest.mark.parametrize(
+    ("family", "keys", "expected"),
+    [
+        ("sdar", {}, 64),
+        ("llada2", {}, 64),
+        ("sdar", {"block_size": 8}, 8),
+        ("llada2", {"block_length": 16}, 16),
+        ("dream", {}, None),
+    ],
+)
+def test_a_mask_s_block_length_is_the_user_s_where_the_config_has_none(
+    tmp_path: Path, family: str, keys: dict[str, object], expected: int | None
+) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, family, **keys), block_length=64)
+    assert checkpoint.spec.block_length == expected
+    assert checkpoint.build([]).sizes.block_length == expected
+
+
 def test_mask_id_missing(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada_moe")
     (folder / "tokenizer.json").unlink()
