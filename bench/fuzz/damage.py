@@ -290,7 +290,7 @@ class Damage:
             stages = Stages(
                 _module(path), origin.read, known.stages.parameters, cases(known.program.shape, 128)
             )
-            stages(known.program, None)
+            stages.begin(known.program)
             return "equal", "the planned program beside the module"
         except DcompileError as error:
             if isinstance(error, VerificationError) and "own logits" not in str(error):

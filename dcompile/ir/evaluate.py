@@ -17,6 +17,16 @@ aten = torch.ops.aten
 _SHAPES = {aten.expand.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _FILLS = {aten.full.default, aten.ones.default, aten.zeros.default, aten.new_ones.default}
 _TRIANGLES = {aten.tril.default, aten.triu.default}
+# Of these torch does not say that they are.
+_POINTWISE = {
+    aten.floor_divide.default,
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+    aten.__xor__.Tensor,
+    aten.masked_fill.Scalar,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
+}
 _KEEPS = {aten._to_copy.default, aten.clone.default, aten.alias.default, aten.unsqueeze.default}
 
 
@@ -150,7 +160,7 @@ def _part(
         shift = int(node.args[1]) if len(node.args) > 1 else int(node.kwargs.get("diagonal", 0))  # type: ignore
         x = given[node.all_input_nodes[0]]
         return target(x, shift + part.start) if axes[0] == val.dim() - 2 else None
-    if target not in _KEEPS and torch.Tag.pointwise not in target.tags:
+    if target not in _KEEPS | _POINTWISE and torch.Tag.pointwise not in target.tags:
         return None
     return target(*_known(node.args, given), **_known(node.kwargs, given))  # type: ignore
 

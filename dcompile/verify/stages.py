@@ -105,6 +105,10 @@ class Stages:
     wanted: list[Values] = field(default_factory=list)
 
     def before(self, program: Program, item: Pass) -> None:
+        self.begin(program)
+
+    def begin(self, program: Program) -> None:
+        """Compare a program that no pass has been watched over yet."""
         if not self.wanted:
             self.wanted = [self._eager(case, program.shape) for case in self.inputs]
         if not self.passed:

@@ -44,8 +44,10 @@ class Imagined:
         )
 
     def _step(self, binding: Any) -> Bools:
-        given = {name: tensor.clone() for name, tensor in binding.inputs.items()}
-        canvas = self.state["canvas"]
+        given = {name: torch.from_numpy(a.copy()) for name, a in binding.arrays.items()}
+        # The same memory: what is written here is the loop's.
+        state = {name: torch.from_numpy(array) for name, array in self.state.items()}
+        canvas = state["canvas"]
         block_seq, block_pos = given["block_seq"], given["block_pos"]
         clocks = [given[k] for k in ("iteration", "entered", "temperature", "seed", "tick")]
         extras = {name: given[name] for name in ("prompt_end", "full") if name in given}
@@ -56,11 +58,11 @@ class Imagined:
             self._logits(given),
             Blocks(canvas[place], block_pos, *clocks, **extras),
             {name: given[name] for name in self.policy.parameters},
-            {name: self.state[name][block_seq] for name in self.policy.state},
+            {name: state[name][block_seq] for name in self.policy.state},
         )
         canvas[place] = written.updated
         for name, value in written.state.items():
-            self.state[name][block_seq] = value
+            state[name][block_seq] = value
         return np.asarray(written.done)
 
     def _logits(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -76,7 +78,7 @@ class Imagined:
     def pull(self, slot: int) -> None: ...
 
     def clear(self, name: str, slot: int) -> None:
-        self.state[name][slot].zero_()
+        self.state[name][slot] = 0
 
 
 def imagined(
