@@ -287,7 +287,7 @@ def _rival(name: str, checkpoint: Path, options: Options) -> tuple[Step, Tensor]
     if name == "plain":
         from dcompile.frontends.checkpoint import open_checkpoint
 
-        model = open_checkpoint(checkpoint, mask_id=options.mask_id).reference()
+        model = open_checkpoint(checkpoint, options.mask_id, options.block_length).reference()
         canvas = torch.zeros(1, options.max_length or 1, dtype=torch.int64)
 
         def full(inputs: Mapping[str, Tensor]) -> Tensor:

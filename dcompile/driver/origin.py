@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,11 +16,13 @@ from dcompile.driver.settle import Settled
 from dcompile.errors import ConfigError
 from dcompile.frontends.base import Defaults, ModelSpec
 from dcompile.ir.program import Program
+from dcompile.ir.remarks import Remark
 from dcompile.ir.weights import Read, Recipe, Source
 from dcompile.options import Options
 from dcompile.step.repeat_layers import Run, runs_of
 from dcompile.step.trace import Traced, fake_weights, trace
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
 
@@ -34,6 +37,7 @@ class Origin:
     build: Callable[[], nn.Module]
     tokenizer: Mapping[str, bytes]
     digest: str
+    remarks: tuple[Remark, ...] = ()
 
 
 def open_origin(path: Path, options: Options) -> Origin:
@@ -44,7 +48,7 @@ def open_origin(path: Path, options: Options) -> Origin:
         return of_module(*open_exported(path), options=options)
     from dcompile.frontends.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(path, mask_id=options.mask_id)
+    checkpoint = open_checkpoint(path, options.mask_id, options.block_length)
     spec = checkpoint.spec
     if options.eos_ids is not None:
         spec = replace(spec, eos_ids=options.eos_ids)
@@ -61,7 +65,16 @@ def open_origin(path: Path, options: Options) -> Origin:
         build_traced,
         checkpoint.tokenizer_files(),
         checkpoint.digest(),
+        _unread(path, checkpoint.unread),
     )
+
+
+def _unread(path: Path, keys: tuple[str, ...]) -> tuple[Remark, ...]:
+    """Says which keys of a config the compile does not know, and remarks them."""
+    if keys:
+        text = "%s: the config has keys that are not known and not obeyed: %s"
+        log.warning(text, path, ", ".join(keys))
+    return tuple(Remark("open", key, "this key of the config is not known") for key in keys)
 
 
 def of_module(module: nn.Module, longest: int | None = None, *, options: Options) -> Origin:
@@ -107,7 +120,9 @@ def trace_origin(origin: Origin, settled: Settled, progress: Progress) -> Progra
     with fake_weights() if origin.runs else nullcontext():
         module = origin.build()
         dtype = settled.shape.dtype
-        return trace(module if dtype == origin.spec.dtype else _in_dtype(module, dtype), wanted)
+        made = trace(module if dtype == origin.spec.dtype else _in_dtype(module, dtype), wanted)
+    made.remarks += origin.remarks
+    return made
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:

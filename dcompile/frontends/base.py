@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from dcompile.errors import ConfigError
+from dcompile.frontends.layers import Decoder
 from dcompile.ir.weights import Recipe, Source, Stack
 
-REPEATED = ("rope_theta", "partial_rotary_factor")  # newer configs have these in an object too
+log = logging.getLogger(__name__)
+
+COMPUTED = "the only case that this model's definition computes"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Definition:
     max_positions: int | None
     layer_kinds: tuple[str, ...]
     defaults: Defaults
-    build: Callable[[Sequence[int], torch.dtype], nn.Module]  # the named layers, in order
+    build: Callable[[Sequence[int], torch.dtype], Decoder]  # the named layers, in order
     rename: Callable[[str], str]  # a parameter's name -> the name of its checkpoint tensor
     num_experts: int = 0
     block_length: int | None = None
@@ -79,10 +82,29 @@ class Definition:
 
 @dataclass(frozen=True)
 class Config:
-    """A model's config with the file that it came from; every reader names key, file and need."""
+    """A model's config with the file that it came from; every reader names key, file and need.
+
+    It remembers which keys were asked for, since a key that nobody asks for may mean something.
+    """
 
     values: Mapping[str, object]
     file: str
+    block_length: int | None = None  # the user's, for a block-causal mask that no key describes
+    asked: set[str] = field(default_factory=set, compare=False)
+
+    def get(self, key: str) -> object:
+        """The value of a key, None where it is absent."""
+        self.asked.add(key)
+        return self.values.get(key)
+
+    def ignore(self, keys: str) -> None:
+        """Keys, parted by blanks, that say nothing about what the model computes."""
+        self.asked.update(keys.split())
+
+    def unread(self) -> tuple[str, ...]:
+        """The keys with a value that nobody asked for so far."""
+        given = {key for key, value in self.values.items() if value is not None}
+        return tuple(sorted(given - self.asked))
 
     def error(self, key: str, expected: str) -> ConfigError:
         """The named error for `key`, absent or of a wrong value."""
@@ -94,10 +116,14 @@ class Config:
 
     def given(self, key: str) -> bool:
         """Whether the key is there and not null."""
-        return self.values.get(key) is not None
+        return self.get(key) is not None
+
+    def null(self, key: str) -> bool:
+        """Whether the key is there, and null."""
+        return key in self.values and not self.given(key)
 
     def integer(self, key: str, least: int, most: int) -> int:
-        value = self.values.get(key)
+        value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise self.error(key, f"an integer from {least} to {most}")
         return value
@@ -112,7 +138,7 @@ class Config:
         """A positive finite number."""
         if default is not None and not self.given(key):
             return default
-        value = self.values.get(key)
+        value = self.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise self.error(key, "a positive number")
         return float(value)
@@ -121,7 +147,7 @@ class Config:
         """true or false; null stands for the default."""
         if not self.given(key):
             return default
-        value = self.values[key]
+        value = self.get(key)
         if not isinstance(value, bool):
             raise self.error(key, "true or false")
         return value
@@ -133,16 +159,16 @@ class Config:
         return self.flag(key, False)
 
     def text(self, key: str) -> str:
-        value = self.values.get(key)
+        value = self.get(key)
         if not isinstance(value, str):
             raise self.error(key, "a string")
         return value
 
-    def only(self, key: str, *computed: object) -> None:
-        """Refuse a value other than those that this project's definition computes."""
-        if self.given(key) and not any(_same(self.values[key], value) for value in computed):
+    def only(self, key: str, *computed: object, why: str = COMPUTED) -> None:
+        """Refuse a value other than `computed`; `why` says what makes them so."""
+        if self.given(key) and not any(_same(self.get(key), value) for value in computed):
             listed = " or ".join(repr(value) for value in computed) or "null"
-            raise self.error(key, f"{listed}, the only case that this model's definition computes")
+            raise self.error(key, f"{listed}: {why}")
 
     def divides(self, key: str, by: str) -> int:
         """`key` / `by`, which must be whole."""
@@ -152,40 +178,20 @@ class Config:
         return whole // parts
 
 
-def rope_theta(config: Config) -> float:
-    """The rotary base, from either place; scaled variants of rotary embedding are refused."""
-    found = config.values.get("rope_theta")
-    for key in ("rope_scaling", "rope_parameters"):
-        scaling = config.values.get(key) or {}
-        if not isinstance(scaling, dict):
-            raise config.error(key, "null or an object")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default" or set(scaling) - {"rope_type", "type", *REPEATED}:
-            raise config.error(key, "null: scaled rotary embedding is not supported")
-        found = scaling.get("rope_theta") if found is None else found
-        outside = {**config.values, "rope_theta": found}
-        if any(scaling[name] != outside.get(name) for name in REPEATED if name in scaling):
-            raise config.error(key, f"{' and '.join(REPEATED)} as they stand outside of it")
-    if found is None:
-        raise config.error("rope_theta", "a positive number")
-    return Config({**config.values, "rope_theta": found}, config.file).number("rope_theta")
-
-
-def rotary_dim(config: Config, head_dim: int, factor: float) -> int:
-    """How many of a head's dimensions turn: an even number."""
-    dim = int(head_dim * factor)
-    if factor > 1 or dim < 2 or dim % 2:
-        key = "partial_rotary_factor" if config.given("partial_rotary_factor") else "head_dim"
-        raise config.error(key, f"an even number of rotary dimensions in heads of {head_dim}")
-    return dim
-
-
 def block_length(config: Config, default: int) -> int:
-    """The block of a block-causal attention mask, under either spelling."""
-    length = config.size("block_length", config.size("block_size", default))
-    if config.size("block_size", length) != length:
-        raise config.error("block_size", f"the same as 'block_length', which is {length}")
-    return length
+    """The block of a block-causal attention mask: the config's, the user's, else the family's."""
+    stated = {key: config.size(key) for key in ("block_length", "block_size") if config.given(key)}
+    if len(set(stated.values())) > 1:
+        what = f"the same as 'block_length', which is {stated['block_length']}"
+        raise config.error("block_size", what)
+    if stated:
+        return next(iter(stated.values()))
+    if config.block_length not in (None, default):
+        text = (
+            "%s: no 'block_length'; the attention's blocks have the %d positions asked for, not %d"
+        )
+        log.warning(text, config.file, config.block_length, default)
+    return config.block_length or default
 
 
 def _same(a: object, b: object) -> bool:

@@ -18,13 +18,34 @@ from dcompile.frontends import files, tokens
 from dcompile.frontends.base import Config, Definition, ModelSpec
 from dcompile.frontends.byte_bpe import with_tokenizer_json
 from dcompile.frontends.families import family_of
+from dcompile.frontends.unused import refuse_what_differs, replaced
 from dcompile.ir.weights import Recipe, Stack
 
+# What transformers writes into any config, and what says how a model was trained or is to be used.
+HARMLESS = """
+    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures
+    attention_dropout attn_implementation auto_map bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size eos_token_id finetuning_task gradient_checkpointing id2label
+    initializer_range is_decoder is_encoder_decoder label2id length_penalty mask_token_id max_length
+    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version typical_p
+    unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict
+"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open_checkpoint(path: str | Path, mask_id: int | None = None) -> Checkpoint:
-    """Opens a Hugging Face folder or a `model.pt`; `mask_id` overrules what the files say."""
+def open_checkpoint(
+    path: str | Path, mask_id: int | None = None, block_length: int | None = None
+) -> Checkpoint:
+    """Opens a Hugging Face folder or a `model.pt`.
+
+    `mask_id` overrules what the files say; `block_length` is a block-causal mask's where they say
+    nothing of it.
+    """
     path = Path(path)
     if (path.suffix == ".dcx" and path.exists()) or (path / "plan.json").is_file():
         raise CheckpointError(
@@ -33,10 +54,10 @@ def open_checkpoint(path: str | Path, mask_id: int | None = None) -> Checkpoint:
             remedy=f"dcompile run {path} --prompt TEXT",
         )
     if path.is_dir():
-        return _open_folder(path, mask_id)
+        return _open_folder(path, mask_id, block_length)
     if path.is_file() and path.suffix != ".safetensors":
         values, tensors = files.open_state_dict(path)
-        return _open(Config(values, f"{path}, config"), tensors, {}, mask_id)
+        return _open(Config(values, f"{path}, config", block_length), tensors, {}, mask_id)
     raise CheckpointError(
         "no checkpoint is there"
         if not path.exists()
@@ -52,6 +73,7 @@ class Checkpoint:
 
     spec: ModelSpec
     recipes: Mapping[str, Recipe]  # by the full module's parameter names
+    unread: tuple[str, ...]  # keys of the config that may mean something, and were not read
     _definition: Definition
     _tensors: files.Tensors
     _tokenizer_files: Mapping[str, bytes]
@@ -89,15 +111,15 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _open_folder(folder: Path, mask_id: int | None) -> Checkpoint:
-    config = folder / "config.json"
-    if not config.is_file():
+def _open_folder(folder: Path, mask_id: int | None, block_length: int | None) -> Checkpoint:
+    file = folder / "config.json"
+    if not file.is_file():
         raise CheckpointError(
             "the folder has no config.json",
             where=str(folder),
             remedy="give the folder of a Hugging Face checkpoint: config.json, *.safetensors",
         )
-    values = files.read_json(config)
+    config = Config(files.read_json(file), str(file), block_length)
     beside = {name: folder / name for name in tokens.FILES}
     beside |= {path.relative_to(folder).as_posix(): path for path in folder.glob(tokens.TEMPLATES)}
     try:
@@ -106,8 +128,8 @@ def _open_folder(folder: Path, mask_id: int | None) -> Checkpoint:
         what = f"a file beside the weights cannot be read: {error}"
         raise CheckpointError(what, where=str(folder), remedy="restore the file") from None
     # An unknown architecture is said before anything about its tensors.
-    family_of(Config(values, str(config)))
-    return _open(Config(values, str(config)), files.open_folder(folder), present, mask_id)
+    family_of(config)
+    return _open(config, files.open_folder(folder), present, mask_id)
 
 
 def _open(
@@ -115,6 +137,8 @@ def _open(
 ) -> Checkpoint:
     definition = family_of(config)(config)
     recipes = _check_tensors(definition, tensors.headers)
+    dtype = _dtype(config, tensors.headers)
+    refuse_what_differs(definition, dtype, tensors)
     spec = ModelSpec(
         family=definition.family,
         vocab_size=definition.vocab_size,
@@ -123,11 +147,12 @@ def _open(
         max_positions=definition.max_positions,
         block_length=definition.block_length,
         shift=definition.shift,
-        dtype=_dtype(config, tensors.headers),
+        dtype=dtype,
         layer_kinds=definition.layer_kinds,
         defaults=definition.defaults,
     )
-    return Checkpoint(spec, recipes, definition, tensors, present)
+    config.ignore(HARMLESS)
+    return Checkpoint(spec, recipes, config.unread(), definition, tensors, present)
 
 
 def _check_tensors(
@@ -145,8 +170,7 @@ def _check_tensors(
     }
     for name, shape in expected.items():
         _check_tensor(name, shape, headers)
-    tied = {definition.rename("lm_head.weight")} if definition.tied else set()
-    surplus = [name for name in headers if name not in expected and not _harmless(name, tied)]
+    surplus = [name for name in headers if name not in expected and not replaced(definition, name)]
     if surplus:
         raise TensorError(
             f"{len(surplus)} tensors that the config does not describe, such as {surplus[0]!r}",
@@ -178,18 +202,15 @@ def _check_tensor(name: str, shape: tuple[int, ...], headers: Mapping[str, files
         )
 
 
-def _harmless(name: str, tied: set[str]) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or name in tied
-
-
 def _dtype(config: Config, headers: Mapping[str, files.Header]) -> torch.dtype:
     """What the config says, else the dtype that most of the weights have."""
-    for key in ("torch_dtype", "dtype"):
-        if config.given(key):
-            name = str(config.values[key]).removeprefix("torch.")
-            if name not in DTYPES:
-                raise config.error(key, " or ".join(DTYPES))
-            return DTYPES[name]
+    stated = {key: config.get(key) for key in ("torch_dtype", "dtype") if config.given(key)}
+    named = {key: str(value).removeprefix("torch.") for key, value in stated.items()}
+    for key, name in named.items():
+        if name not in DTYPES or name != next(iter(named.values())):
+            raise config.error(key, f"one of {', '.join(DTYPES)}, the same under either key")
+    if named:
+        return DTYPES[next(iter(named.values()))]
     elements: Counter[torch.dtype] = Counter()
     for header in headers.values():
         if isinstance(header.dtype, torch.dtype):

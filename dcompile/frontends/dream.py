@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 
-from dcompile.frontends.base import Config, Defaults, Definition, rope_theta, rotary_dim
+from dcompile.frontends.base import Config, Defaults, Definition
 from dcompile.frontends.layers import (
     Attention,
     DecoderSizes,
     GatedFFN,
 )
-from dcompile.frontends.layout import Layout, attention_sizes, divided_head, in_model
+from dcompile.frontends.layout import (
+    Layout,
+    attention_sizes,
+    divided_head,
+    full_attention_only,
+    in_model,
+    no_window,
+)
+from dcompile.frontends.rotary import rope_theta, whole_heads
 
 DEFAULTS = Defaults(block_length=32, cache="dual", threshold=0.9)
 
@@ -20,13 +28,14 @@ def read(config: Config) -> Definition:
     refuse_what_is_not_computed(config)
     attention = attention_sizes(config, divided_head(config), bias=True)
     kinds = ("dense",) * config.size("num_hidden_layers", most=1000)
+    full_attention_only(config, len(kinds))
     inner = config.size("intermediate_size")
     layout = Layout(
         decoder=DecoderSizes(
             vocab=config.size("vocab_size"),
             hidden=attention.hidden,
             eps=attention.eps,
-            rotary_dim=rotary_dim(config, attention.head_dim, 1.0),
+            rotary_dim=whole_heads(config, attention.head_dim),
             theta=rope_theta(config),
         ),
         kinds=kinds,
@@ -50,4 +59,4 @@ def refuse_what_is_not_computed(config: Config) -> None:
     config.only("hidden_act", "silu")
     config.only("attention_bias", True)
     config.only("use_mrope", False)
-    config.only("use_sliding_window", False)
+    no_window(config)

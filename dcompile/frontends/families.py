@@ -22,7 +22,7 @@ FAMILIES: dict[str, Read] = {
 
 def family_of(config: Config) -> Read:
     """The reader for the architecture that the config names."""
-    named = config.values.get("architectures")
+    named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise config.error("architectures", f"a list with one of {', '.join(FAMILIES)}")
     if named[0] not in FAMILIES:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dcompile.frontends.base import Config
+from dcompile.frontends.base import COMPUTED, Config
 from dcompile.frontends.layers import AttentionSizes, Decoder, DecoderLayer, DecoderSizes
 
 Part = Callable[[torch.dtype], nn.Module]
@@ -31,6 +31,19 @@ class Layout:
     def _layer(self, kind: str, dtype: torch.dtype) -> DecoderLayer:
         hidden, eps = self.decoder.hidden, self.decoder.eps
         return DecoderLayer(hidden, eps, dtype, self.attention(dtype), self.ffn[kind](dtype))
+
+
+def full_attention_only(config: Config, layers: int) -> None:
+    """Refuse layers of any other kind, such as those that attend in a window."""
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * layers:
+        raise config.error("layer_types", f"{layers} times 'full_attention', {COMPUTED}")
+
+
+def no_window(config: Config) -> None:
+    """The size of a window says nothing unless `use_sliding_window` does."""
+    config.only("use_sliding_window", False)
+    config.ignore("sliding_window max_window_layers")
 
 
 def divided_head(config: Config) -> int:

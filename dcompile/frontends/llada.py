@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from dcompile.frontends.base import Config, Defaults, Definition, rope_theta, rotary_dim
+from dcompile.frontends.base import Config, Defaults, Definition
 from dcompile.frontends.layers import (
     Attention,
     AttentionSizes,
     DecoderSizes,
     GatedFFN,
 )
-from dcompile.frontends.layout import Layout
+from dcompile.frontends.layout import Layout, full_attention_only
+from dcompile.frontends.rotary import rope_theta, whole_heads
 
 DEFAULTS = Defaults(block_length=32, cache="dual", threshold=0.9)
 ENDS = {
@@ -37,13 +38,14 @@ def read(config: Config) -> Definition:
     refuse_what_is_not_computed(config)
     attention = attention_sizes(config)
     kinds = ("dense",) * config.size("n_layers", most=1000)
+    full_attention_only(config, len(kinds))
     inner = config.size("mlp_hidden_size")
     layout = Layout(
         decoder=DecoderSizes(
             vocab=table_rows(config),
             hidden=attention.hidden,
             eps=attention.eps,
-            rotary_dim=rotary_dim(config, attention.head_dim, 1.0),
+            rotary_dim=whole_heads(config, attention.head_dim),
             theta=rope_theta(config),
             rotate_in_float32=config.flag("rope_full_precision", True),
         ),
@@ -59,16 +61,22 @@ def read(config: Config) -> Definition:
         defaults=DEFAULTS,
         build=layout.build,
         rename=rename,
-        tied=config.flag("weight_tying", False),
+        tied=config.flag("weight_tying", True),
     )
 
 
 def refuse_what_is_not_computed(config: Config) -> None:
-    config.only("activation_type", "silu")
-    config.only("block_type", "llama")
-    config.only("layer_norm_type", "rms")
+    # Absent, these have other values in the authors' code.
+    for key, computed in (
+        ("activation_type", "silu"),
+        ("block_type", "llama"),
+        ("layer_norm_type", "rms"),
+        ("rope", True),
+    ):
+        if not config.given(key):
+            raise config.error(key, repr(computed))
+        config.only(key, computed)
     config.only("layer_norm_with_affine", True)
-    config.only("rope", True)
     config.only("clip_qkv")
     for key in (
         "alibi",
@@ -82,17 +90,32 @@ def refuse_what_is_not_computed(config: Config) -> None:
     ):
         config.only(key, False)
     config.only("block_group_size", 1)
+    for name, own in (
+        ("hidden_size", "d_model"),
+        ("num_attention_heads", "n_heads"),
+        ("num_hidden_layers", "n_layers"),
+    ):
+        config.only(name, config.size(own), why=f"{own!r} says so")
+    config.ignore(
+        "alibi_bias_max attention_layer_norm_with_affine embedding_dropout flash_attention "
+        "init_cutoff_factor init_device init_fn init_std mlp_ratio precision residual_dropout"
+    )
 
 
 def attention_sizes(config: Config) -> AttentionSizes:
     """`n_kv_heads` may be null, which stands for as many as `n_heads`; it may not be absent."""
     head_dim = config.divides("d_model", "n_heads")
     heads = config.size("n_heads")
-    null = "n_kv_heads" in config.values and not config.given("n_kv_heads")
+    kv_heads = (
+        heads if config.null("n_kv_heads") else heads // config.divides("n_heads", "n_kv_heads")
+    )
+    if config.given("multi_query_attention") and kv_heads != heads:
+        # The authors' code takes false for as many as `n_heads`, and stops where they differ.
+        raise config.error("multi_query_attention", f"null, as 'n_kv_heads' is {kv_heads}")
     return AttentionSizes(
         hidden=config.size("d_model"),
         heads=heads,
-        kv_heads=heads if null else heads // config.divides("n_heads", "n_kv_heads"),
+        kv_heads=kv_heads,
         head_dim=head_dim,
         eps=config.number("rms_norm_eps"),
     )
@@ -101,7 +124,7 @@ def attention_sizes(config: Config) -> AttentionSizes:
 def table_rows(config: Config) -> int:
     """`embedding_size` is `vocab_size` padded; null stands for no padding."""
     vocab_size = config.size("vocab_size")
-    if "embedding_size" in config.values and not config.given("embedding_size"):
+    if config.null("embedding_size"):
         return vocab_size
     rows = config.size("embedding_size")
     if rows < vocab_size:

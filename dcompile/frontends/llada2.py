@@ -7,14 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dcompile.frontends.base import (
-    Config,
-    Defaults,
-    Definition,
-    block_length,
-    rope_theta,
-    rotary_dim,
-)
+from dcompile.frontends.base import Config, Defaults, Definition, block_length
 from dcompile.frontends.layers import (
     AttentionSizes,
     DecoderSizes,
@@ -27,7 +20,14 @@ from dcompile.frontends.layers import (
     rotate,
     split_heads,
 )
-from dcompile.frontends.layout import Layout, attention_sizes, own_head
+from dcompile.frontends.layout import (
+    Layout,
+    attention_sizes,
+    full_attention_only,
+    no_window,
+    own_head,
+)
+from dcompile.frontends.rotary import rope_theta, rotary_dim
 
 BLOCK_LENGTH = 32
 
@@ -63,7 +63,9 @@ def read(config: Config) -> Definition:
     refuse_what_is_not_computed(config)
     attention = attention_sizes(config, own_head(config), qk_norm=config.flag("use_qk_norm", True))
     kinds = layer_kinds(config)
-    decoder = decoder_sizes(config, attention.head_dim)
+    full_attention_only(config, len(kinds))
+    length = block_length(config, BLOCK_LENGTH)
+    decoder = decoder_sizes(config, attention.head_dim, length)
     moe = moe_sizes(config)
     dense = config.size("intermediate_size") if "dense" in kinds else 0
     layout = Layout(
@@ -75,7 +77,6 @@ def read(config: Config) -> Definition:
             "dense": partial(GatedFFN, attention.hidden, dense),
         },
     )
-    length = block_length(config, BLOCK_LENGTH)
     return Definition(
         family="llada2",
         vocab_size=decoder.vocab,
@@ -98,20 +99,25 @@ def refuse_what_is_not_computed(config: Config) -> None:
     config.only("use_bias", False)
     config.only("use_qkv_bias", False)
     config.only("use_rmsnorm", True)
-    config.only("use_sliding_window", False)
+    no_window(config)
     config.only("using_split_qkv_in_self_attention", False)
+    config.only("num_nextn_predict_layers", 0)
+    always_divided = "the authors' code always divides the experts' weights by their sum"
+    config.only("norm_topk_prob", True, why=always_divided)
+    config.only("norm_head", False, why="the authors' code never normalises the head")
+    config.only("norm_softmax", False, why="the authors' code never normalises the logits")
+    config.ignore("embedding_dropout intermediate_size output_dropout output_router_logits")
+    config.only("router_dtype", "fp32", "float32", why="the authors' code routes in float32")
 
 
-def decoder_sizes(config: Config, head_dim: int) -> DecoderSizes:
-    turned = rotary_dim(config, head_dim, config.number("partial_rotary_factor"))
-    config.only("rotary_dim", turned)
+def decoder_sizes(config: Config, head_dim: int, length: int) -> DecoderSizes:
     return DecoderSizes(
         vocab=config.size("vocab_size"),
         hidden=config.size("hidden_size"),
         eps=config.number("rms_norm_eps"),
-        rotary_dim=turned,
+        rotary_dim=rotary_dim(config, head_dim),
         theta=rope_theta(config),
-        block_length=block_length(config, BLOCK_LENGTH),
+        block_length=length,
     )
 
 
@@ -122,13 +128,17 @@ def moe_sizes(config: Config) -> MoESizes:
     kept = config.integer("topk_group", 1, groups)
     if config.divides("num_experts", "n_group") < 2 and groups > 1:
         raise config.error("n_group", f"groups of two experts or more, of {experts}")
+    top_k = config.integer("num_experts_per_tok", 1, experts // groups * kept)
+    if top_k == 1:
+        undivided = "the authors' code does not divide the weight of a lone expert"
+        raise config.error("num_experts_per_tok", f"two or more: {undivided}")
     inner = config.size("moe_intermediate_size")
     return MoESizes(
         hidden=config.size("hidden_size"),
         inner=inner,
         experts=experts,
-        top_k=config.integer("num_experts_per_tok", 1, experts // groups * kept),
-        renormalize=config.flag("norm_topk_prob", True),
+        top_k=top_k,
+        renormalize=True,
         scale=config.number("routed_scaling_factor"),
         groups=groups,
         kept_groups=kept,
@@ -138,8 +148,9 @@ def moe_sizes(config: Config) -> MoESizes:
 
 def shared_experts(config: Config) -> int:
     """`num_shared_experts` may be null, which stands for none; it may not be absent."""
-    null = "num_shared_experts" in config.values and not config.given("num_shared_experts")
-    return 0 if null else config.integer("num_shared_experts", 0, 64)
+    if config.null("num_shared_experts"):
+        return 0
+    return config.integer("num_shared_experts", 0, 64)
 
 
 def layer_kinds(config: Config) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from dcompile.frontends.base import Config, Defaults, Definition, rope_theta, rotary_dim
+from dcompile.frontends.base import Config, Defaults, Definition
 from dcompile.frontends.layers import (
     Attention,
     DecoderSizes,
@@ -13,7 +13,15 @@ from dcompile.frontends.layers import (
     MoESizes,
     SoftmaxRouter,
 )
-from dcompile.frontends.layout import Layout, attention_sizes, divided_head, in_model
+from dcompile.frontends.layout import (
+    Layout,
+    attention_sizes,
+    divided_head,
+    full_attention_only,
+    in_model,
+    no_window,
+)
+from dcompile.frontends.rotary import rope_theta, rotary_dim
 
 DEFAULTS = Defaults(block_length=64, cache="dual", threshold=0.8)
 
@@ -22,6 +30,7 @@ def read(config: Config) -> Definition:
     """The model that a `LLaDAMoEModelLM` config describes."""
     refuse_what_is_not_computed(config)
     kinds = layer_kinds(config)
+    full_attention_only(config, len(kinds))
     head_dim = divided_head(config)
     attention = attention_sizes(config, head_dim, qk_norm=config.required_flag("qk_layernorm"))
     decoder = decoder_sizes(config, head_dim)
@@ -53,12 +62,18 @@ def refuse_what_is_not_computed(config: Config) -> None:
     config.only("hidden_act", "silu")
     config.only("attention_bias", False)
     config.only("clip_qkv")
-    config.only("use_sliding_window", False)
+    no_window(config)
     config.only("moe_router_score_function", "softmax")
     config.only("moe_router_enable_expert_bias", False)
     config.only("shared_expert_intermediate_size", 0)
+    never_scaled = "the authors' code never scales the experts' weights"
+    config.only("routed_scaling_factor", 1, why=never_scaled)
+    if config.required_flag("norm_topk_prob"):
+        never_divided = "the authors' code never divides the experts' weights by their sum"
+        raise config.error("norm_topk_prob", f"False: {never_divided}")
     config.only("router_num_group", 1)
     config.only("router_topk_group", 1)
+    config.ignore("dense_intermediate_size output_router_logits router_aux_loss_coef")
 
 
 def decoder_sizes(config: Config, head_dim: int) -> DecoderSizes:
@@ -66,7 +81,7 @@ def decoder_sizes(config: Config, head_dim: int) -> DecoderSizes:
         vocab=config.size("vocab_size"),
         hidden=config.size("hidden_size"),
         eps=config.number("rms_norm_eps"),
-        rotary_dim=rotary_dim(config, head_dim, config.number("partial_rotary_factor", 1.0)),
+        rotary_dim=rotary_dim(config, head_dim, 1.0),
         theta=rope_theta(config),
     )
 
@@ -78,15 +93,14 @@ def moe_sizes(config: Config) -> MoESizes:
         inner=config.size("expert_intermediate_size"),
         experts=experts,
         top_k=config.integer("num_experts_per_tok", 1, experts),
-        renormalize=config.required_flag("norm_topk_prob"),
-        scale=config.number("routed_scaling_factor", 1.0),
+        renormalize=False,
     )
 
 
 def layer_kinds(config: Config) -> tuple[str, ...]:
     """`moe_layer_freq` is one number for all layers, or a list with one a layer; 1 is MoE."""
     count = config.size("num_hidden_layers", most=1000)
-    frequency = config.values.get("moe_layer_freq", 1)
+    frequency = config.get("moe_layer_freq") if "moe_layer_freq" in config.values else 1
     each = frequency if isinstance(frequency, list) else [frequency] * count
     if len(each) != count or any(one not in (0, 1) for one in each):
         raise config.error("moe_layer_freq", f"0 or 1, or a list of {count} of them (one a layer)")

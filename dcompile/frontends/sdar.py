@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from dcompile.frontends.base import (
-    Config,
-    Defaults,
-    Definition,
-    block_length,
-    rope_theta,
-    rotary_dim,
-)
+from dcompile.frontends.base import Config, Defaults, Definition, block_length
 from dcompile.frontends.layers import (
     Attention,
     DecoderSizes,
@@ -20,7 +13,16 @@ from dcompile.frontends.layers import (
     MoESizes,
     SoftmaxRouter,
 )
-from dcompile.frontends.layout import Layout, Part, attention_sizes, in_model, own_head
+from dcompile.frontends.layout import (
+    Layout,
+    Part,
+    attention_sizes,
+    full_attention_only,
+    in_model,
+    no_window,
+    own_head,
+)
+from dcompile.frontends.rotary import rope_theta, whole_heads
 
 BLOCK_LENGTH = 4
 
@@ -40,6 +42,7 @@ def define(config: Config, family: str, moe: MoESizes | None) -> Definition:
     attention = attention_sizes(config, own_head(config), qk_norm=True)
     length = block_length(config, BLOCK_LENGTH)
     kinds = layer_kinds(config, moe)
+    full_attention_only(config, len(kinds))
     dense = config.size("intermediate_size") if "dense" in kinds else 0
     ffn: dict[str, Part] = {"dense": partial(GatedFFN, attention.hidden, dense)}
     if moe is not None:
@@ -49,7 +52,7 @@ def define(config: Config, family: str, moe: MoESizes | None) -> Definition:
             vocab=config.size("vocab_size"),
             hidden=attention.hidden,
             eps=attention.eps,
-            rotary_dim=rotary_dim(config, attention.head_dim, 1.0),
+            rotary_dim=whole_heads(config, attention.head_dim),
             theta=rope_theta(config),
             block_length=length,
         ),
@@ -75,10 +78,12 @@ def define(config: Config, family: str, moe: MoESizes | None) -> Definition:
 def refuse_what_is_not_computed(config: Config) -> None:
     config.only("hidden_act", "silu")
     config.only("attention_bias", False)
-    config.only("use_sliding_window", False)
+    no_window(config)
+    config.ignore("debug ep_size fuse_cross_entropy micro_forward skip_checkpoint use_deepep")
 
 
 def moe_sizes(config: Config) -> MoESizes:
+    config.ignore("intermediate_size output_router_logits router_aux_loss_coef")
     experts = config.size("num_experts", most=4096)
     return MoESizes(
         hidden=config.size("hidden_size"),
@@ -95,7 +100,7 @@ def layer_kinds(config: Config, moe: MoESizes | None) -> tuple[str, ...]:
     if moe is None:
         return ("dense",) * count
     step = config.size("decoder_sparse_step", 1)
-    dense = config.values.get("mlp_only_layers") or []
+    dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(i not in range(count) for i in dense):
         raise config.error("mlp_only_layers", f"a list of layers from 0 to {count - 1}")
     return tuple("moe" if i not in dense and (i + 1) % step == 0 else "dense" for i in range(count))

@@ -31,7 +31,7 @@ def find_mask_id(
     if chosen is not None:
         return _in_vocabulary(config, "--mask-id", chosen, vocab_size)
     if config.given("mask_token_id"):
-        return _in_vocabulary(config, "mask_token_id", config.values["mask_token_id"], vocab_size)
+        return _in_vocabulary(config, "mask_token_id", config.get("mask_token_id"), vocab_size)
     added = added_tokens(files)
     for token in (_named(files, "mask_token"), *MASK_TOKENS):
         if token in added:

@@ -137,7 +137,7 @@ def _eager(checkpoint: Path, origin: Origin, options: Options) -> nn.Module:
         return origin.build()
     from dcompile.frontends.checkpoint import open_checkpoint
 
-    return open_checkpoint(checkpoint, mask_id=options.mask_id).reference()
+    return open_checkpoint(checkpoint, options.mask_id, options.block_length).reference()
 
 
 def compare_tensors(artifact: Artifact, made: Compiled) -> str:

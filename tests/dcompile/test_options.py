@@ -23,7 +23,7 @@ def bidirectional(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def block_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("b"), "sdar")
+    return write_checkpoint(tmp_path_factory.mktemp("b"), "sdar", block_size=4)
 
 
 @pytest.mark.parametrize(

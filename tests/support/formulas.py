@@ -132,8 +132,7 @@ def softmax_moe(c: Config, w: Weights, at: str, h: Array) -> Array:
         chosen = np.argsort(-p, kind="stable")[: c["num_experts_per_tok"]]
         total = p[chosen].sum() if c["norm_topk_prob"] else 1.0
         for e in chosen:
-            weight = p[e] / total * (c.get("routed_scaling_factor") or 1.0)
-            out[t] += weight * ffn(w, f"{at}.experts.{e}", row)
+            out[t] += p[e] / total * ffn(w, f"{at}.experts.{e}", row)
     return out
 
 

@@ -44,11 +44,11 @@ def draw(family: str, rng: random.Random) -> dict[str, object]:
         "norm_topk_prob": rng.random() < 0.5,
     }
     if family == "llada_moe":
-        del config["intermediate_size"], moe["moe_intermediate_size"]
+        del config["intermediate_size"], moe["moe_intermediate_size"], moe["norm_topk_prob"]
         config |= {
             **{"dense_intermediate_size": inner, "expert_intermediate_size": expert, **moe},
             "moe_layer_freq": [rng.randint(0, 1) for _ in range(layers)],
-            **{"qk_layernorm": rng.random() < 0.6, "routed_scaling_factor": rng.choice([1, 2.5])},
+            "qk_layernorm": rng.random() < 0.6,
         }
     if family == "sdar_moe":
         dense = [i for i in range(layers) if rng.random() < 0.3]
@@ -59,7 +59,8 @@ def draw(family: str, rng: random.Random) -> dict[str, object]:
         config |= {
             **moe,
             **{"n_group": of, "topk_group": kept, "num_experts": of * each},
-            **{"num_experts_per_tok": rng.randint(1, each * kept), "rotary_dim": turned},
+            **{"num_experts_per_tok": rng.randint(2, each * kept), "rotary_dim": turned},
+            "norm_topk_prob": True,
             **{
                 "partial_rotary_factor": turned / width,
                 "num_shared_experts": rng.choice([0, 1, 2]),

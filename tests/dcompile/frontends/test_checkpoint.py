@@ -119,16 +119,57 @@ def test_tokenizer_files_are_those_that_exist(tmp_path: Path) -> None:
     assert tokenizer.token_to_id("<|endoftext|>") == EOS
 
 
-def test_harmless_surplus_is_ignored(tmp_path: Path) -> None:
+def frequencies(theta: float) -> torch.Tensor:
+    """Of a rotary embedding of 16 dimensions: [8]"""
+    return theta ** (-torch.arange(8) / 8)
+
+
+def test_surplus_that_says_the_same_is_ignored(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "sdar", tie_word_embeddings=True)
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     surplus = {
-        "model.rotary_emb.inv_freq": torch.ones(8),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-        "lm_head.weight": torch.ones(131, 64),
+        "model.rotary_emb.inv_freq": frequencies(1e6),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies(1e6).bfloat16(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": frequencies(1e6).half(),
+        "lm_head.weight": table.clone(),
     }
     checkpoint = open_checkpoint(edit_tensors(folder, lambda t: t.update(surplus)))
     model = checkpoint.reference()
     assert torch.equal(model.lm_head.weight, model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "tie", "head", "table"),
+    [
+        ("llada", "weight_tying", "model.transformer.ff_out", "model.transformer.wte"),
+        ("llada2", "tie_word_embeddings", "lm_head", "model.word_embeddings"),
+        ("dream", "tie_word_embeddings", "lm_head", "model.embed_tokens"),
+    ],
+)
+def test_a_tied_model_with_another_head_is_refused(
+    tmp_path: Path, family: str, tie: str, head: str, table: str
+) -> None:
+    def another(tensors: dict[str, torch.Tensor]) -> None:
+        made = tensors[f"{table}.weight"].clone()
+        made[-1, -1] += 1
+        tensors[f"{head}.weight"] = made
+
+    folder = edit_tensors(write_checkpoint(tmp_path, family, **{tie: True}), another)
+    refused(TensorError, folder, f"{head}.weight", f"{table}.weight", "differs", tie)
+    # The remedy works: the stored one is used.
+    model = open_checkpoint(edit_config(folder, **{tie: False})).reference()
+    assert (model.lm_head.weight != model.embed_tokens.weight).sum() == 1
+
+
+@pytest.mark.parametrize(
+    "stored", [frequencies(1e4), frequencies(1e4).bfloat16(), frequencies(1e6)[:4]]
+)
+def test_other_rotary_frequencies_than_the_configs_are_refused(
+    tmp_path: Path, stored: torch.Tensor
+) -> None:
+    surplus = {"model.rotary_emb.inv_freq": stored}
+    folder = edit_tensors(write_checkpoint(tmp_path, "sdar"), lambda t: t.update(surplus))
+    refused(TensorError, folder, "model.rotary_emb.inv_freq", "rotary", "1e+06")
 
 
 def test_null_stands_for_none_where_the_authors_say_so(tmp_path: Path) -> None:
@@ -137,6 +178,93 @@ def test_null_stands_for_none_where_the_authors_say_so(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "b", "llada", n_kv_heads=4, embedding_size=131)
     spec = open_checkpoint(edit_config(folder, n_kv_heads=None, embedding_size=None)).spec
     assert spec.vocab_size == 131
+
+
+# Keys that published configs have beside those of `write_checkpoint`; the families' own, then all's.
+PUBLISHED: dict[str, dict[str, object]] = {
+    "llada": {
+        **{
+            "alibi_bias_max": 8.0,
+            "attention_layer_norm_with_affine": True,
+            "flash_attention": False,
+        },
+        **{"block_group_size": 1, "embedding_dropout": 0.0, "init_cutoff_factor": None},
+        **{"init_device": "meta", "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": False},
+        **{"layer_norm_with_affine": True, "bias_for_layer_norm": False, "precision": "amp_bf16"},
+        **{"residual_dropout": 0.0, "scale_logits": False},
+    },
+    "llada_moe": {
+        **{"clip_qkv": None, "output_router_logits": False, "router_aux_loss_coef": 0.01},
+        **{"router_num_group": None, "router_topk_group": None},
+    },
+    "llada2": {
+        **{"embedding_dropout": 0.0, "max_window_layers": 28, "norm_head": False},
+        **{"norm_softmax": False, "output_dropout": 0.0, "output_router_logits": False},
+        **{"router_dtype": "fp32", "use_rmsnorm": True},
+        "using_split_qkv_in_self_attention": False,
+    },
+    "dream": {"max_window_layers": 28, "use_mrope": False},
+    "sdar": {
+        **{"debug": False, "ep_size": 1, "fuse_cross_entropy": True, "max_window_layers": 28},
+        **{"micro_forward": False, "skip_checkpoint": False, "use_deepep": False},
+    },
+    "sdar_moe": {
+        **{"max_window_layers": 28, "output_router_logits": False, "router_aux_loss_coef": 0.001},
+    },
+}
+OF_TRANSFORMERS: dict[str, object] = {
+    **{"attention_dropout": 0.0, "auto_map": {"AutoModel": "modeling.Model"}, "bos_token_id": 1},
+    **{"initializer_range": 0.02, "transformers_version": "4.46.2", "use_cache": False},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_of_a_published_config_is_known(tmp_path: Path, family: str) -> None:
+    assert open_checkpoint(write_checkpoint(tmp_path / "plain", family)).unread == ()
+    whole = write_checkpoint(tmp_path / "whole", family, **PUBLISHED[family], **OF_TRANSFORMERS)
+    assert open_checkpoint(whole).unread == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_may_mean_something_are_named(tmp_path: Path, family: str) -> None:
+    odd = {"attention_chunk_size": 8, "final_logit_softcapping": 30.0, "qk_gain": None}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, family, **odd))
+    assert checkpoint.unread == ("attention_chunk_size", "final_logit_softcapping")
+
+
+def test_an_expert_key_of_a_dense_model_is_named(tmp_path: Path) -> None:
+    assert open_checkpoint(write_checkpoint(tmp_path, "dream", n_group=4)).unread == ("n_group",)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_attend_in_a_window_are_refused(tmp_path: Path, family: str) -> None:
+    layers = 3 if family == "llada2" else 2
+    full = ["full_attention"] * layers
+    folder = write_checkpoint(tmp_path, family, layer_types=full, use_sliding_window=...)
+    assert open_checkpoint(folder).unread == ()
+    for kinds in (["sliding_attention", *full[1:]], full[1:], "full_attention", []):
+        refused(ConfigError, edit_config(folder, layer_types=kinds), "'layer_types'", str(kinds))
+
+
+ROTARY: list[tuple[str, dict[str, object]]] = [
+    ("llada2", {"partial_rotary_factor": 0.75}),
+    ("llada2", {"rotary_dim": 12}),
+    ("llada2", {"partial_rotary_factor": 0.75, "rotary_dim": 12}),
+    ("llada2", {"rope_parameters": {"partial_rotary_factor": 0.75, "rope_theta": 600000}}),
+    ("llada2", {"rope_parameters": {"rotary_dim": 12}}),
+    ("llada2", {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.75}}),
+    ("llada_moe", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}),
+    ("llada_moe", {"rotary_dim": 12}),
+]
+
+
+@pytest.mark.parametrize(("family", "keys"), ROTARY)
+def test_rotary_dimensions_from_any_of_their_places(
+    tmp_path: Path, family: str, keys: dict[str, object]
+) -> None:
+    absent: dict[str, object] = {"partial_rotary_factor": ..., "rotary_dim": ...}
+    folder = edit_config(write_checkpoint(tmp_path, family), **{**absent, **keys})
+    assert open_checkpoint(folder).build([]).sizes.rotary_dim == 12
 
 
 def test_rope_parameters_of_newer_configs(tmp_path: Path) -> None:
@@ -178,6 +306,24 @@ def test_mask_id_given_by_the_user_wins(tmp_path: Path) -> None:
     refused(ConfigError, folder, "--mask-id", "131", mask_id=131)
 
 
+@pytest.mark.parametrize(
+    ("family", "keys", "expected"),
+    [
+        ("sdar", {}, 64),
+        ("llada2", {}, 64),
+        ("sdar", {"block_size": 8}, 8),
+        ("llada2", {"block_length": 16}, 16),
+        ("dream", {}, None),
+    ],
+)
+def test_a_mask_s_block_length_is_the_user_s_where_the_config_has_none(
+    tmp_path: Path, family: str, keys: dict[str, object], expected: int | None
+) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, family, **keys), block_length=64)
+    assert checkpoint.spec.block_length == expected
+    assert checkpoint.build([]).sizes.block_length == expected
+
+
 def test_mask_id_missing(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada_moe")
     (folder / "tokenizer.json").unlink()
@@ -213,8 +359,7 @@ REQUIRED = {
     "qk_layernorm rope_theta rms_norm_eps vocab_size",
     "llada2": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts "
     "num_experts_per_tok first_k_dense_replace n_group topk_group routed_scaling_factor "
-    "num_shared_experts moe_intermediate_size partial_rotary_factor intermediate_size rope_theta "
-    "rms_norm_eps vocab_size",
+    "num_shared_experts moe_intermediate_size intermediate_size rope_theta rms_norm_eps vocab_size",
     "dream": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
     "intermediate_size rope_theta rms_norm_eps vocab_size",
     "sdar": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -268,7 +413,15 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("llada_moe", "rope_scaling", {"rope_scaling": "linear"}),
     ("llada_moe", "rope_parameters", {"rope_parameters": {"rope_theta": 1e6}}),
     ("llada_moe", "rope_parameters", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+    ("llada_moe", "rotary_dim", {"rotary_dim": 8}),
+    ("llada_moe", "rotary_dim", {"rotary_dim": 32, "partial_rotary_factor": ...}),
     ("llada_moe", "torch_dtype", {"torch_dtype": "int8"}),
+    ("llada_moe", "dtype", {"torch_dtype": "float32", "dtype": "bfloat16"}),
+    ("llada", "activation_type", {"activation_type": ...}),
+    ("llada", "block_type", {"block_type": ...}),
+    ("llada", "layer_norm_type", {"layer_norm_type": ...}),
+    ("llada", "rope", {"rope": ...}),
+    ("llada", "num_hidden_layers", {"num_hidden_layers": 3}),
     ("llada", "d_model", {"n_heads": 7}),
     ("llada", "n_heads", {"n_kv_heads": 3}),
     ("llada", "embedding_size", {"embedding_size": 100}),
@@ -276,16 +429,23 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("llada", "include_qkv_bias", {"include_qkv_bias": True}),
     ("llada", "block_type", {"block_type": "sequential"}),
     ("llada", "layer_norm_type", {"layer_norm_type": "default"}),
+    ("llada", "multi_query_attention", {"multi_query_attention": False}),
     ("llada2", "num_experts", {"n_group": 3}),
     ("llada2", "n_group", {"n_group": 8}),
     ("llada2", "topk_group", {"topk_group": 5}),
     ("llada2", "num_experts_per_tok", {"num_experts_per_tok": 5}),
     ("llada2", "rotary_dim", {"rotary_dim": 16}),
+    ("llada2", "partial_rotary_factor", {"rotary_dim": ..., "partial_rotary_factor": ...}),
+    ("llada2", "rope_parameters", {"rope_parameters": {"rotary_dim": 16}}),
     ("llada2", "first_k_dense_replace", {"first_k_dense_replace": 4}),
     ("llada2", "use_sliding_window", {"use_sliding_window": True}),
+    ("llada2", "num_nextn_predict_layers", {"num_nextn_predict_layers": 1}),
     ("llada2", "score_function", {"score_function": "softmax"}),
     ("llada2", "block_size", {"block_length": 8, "block_size": 16}),
     ("dream", "use_sliding_window", {"use_sliding_window": True}),
+    ("dream", "partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+    ("sdar", "partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+    ("sdar", "rotary_dim", {"rotary_dim": 8}),
     ("dream", "attention_bias", {"attention_bias": False}),
     ("sdar", "block_length", {"block_length": 0}),
     ("sdar", "attention_bias", {"attention_bias": True}),
@@ -298,6 +458,25 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
 def test_contradictions(tmp_path: Path, family: str, key: str, changes: dict[str, Any]) -> None:
     folder = edit_config(write_checkpoint(tmp_path, family), **changes)
     refused(ConfigError, folder, repr(key), "config.json", "expected")
+
+
+IGNORED_BY_THE_AUTHORS: list[tuple[str, str, object]] = [
+    ("llada_moe", "norm_topk_prob", True),
+    ("llada_moe", "routed_scaling_factor", 2.5),
+    ("llada2", "norm_topk_prob", False),
+    ("llada2", "num_experts_per_tok", 1),
+    ("llada2", "norm_head", True),
+    ("llada2", "norm_softmax", True),
+    ("llada2", "router_dtype", "bf16"),
+]
+
+
+@pytest.mark.parametrize(("family", "key", "value"), IGNORED_BY_THE_AUTHORS)
+def test_what_the_authors_code_ignores_is_not_obeyed(
+    tmp_path: Path, family: str, key: str, value: object
+) -> None:
+    folder = edit_config(write_checkpoint(tmp_path, family), **{key: value})
+    refused(ConfigError, folder, repr(key), "config.json", "the authors' code")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"a": NaN', "\x00\xff", "[" * 100000])
@@ -349,6 +528,12 @@ def test_tensor_of_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     changed = {"model.norm.weight": torch.ones(64).to(dtype)}
     folder = edit_tensors(write_checkpoint(tmp_path, "dream"), lambda t: t.update(changed))
     refused(TensorError, folder, "model.norm.weight", "dtype", "bfloat16")
+
+
+def test_llada_ties_where_the_config_does_not_say(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, "llada", weight_tying=True)
+    model = open_checkpoint(edit_config(folder, weight_tying=...)).reference()
+    assert torch.equal(model.lm_head.weight, model.embed_tokens.weight)
 
 
 def test_tied_model_needs_no_head_and_untied_does(tmp_path: Path) -> None:
