@@ -24,6 +24,7 @@ _POINTWISE = {
     aten.__or__.Tensor,
     aten.__xor__.Tensor,
     aten.masked_fill.Scalar,
+    aten.where.Scalar,
     aten.where.ScalarSelf,
     aten.where.ScalarOther,
 }

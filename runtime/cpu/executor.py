@@ -27,6 +27,7 @@ Int64s = npt.NDArray[np.int64]
 # threads on busy cores, for a model of 7 MB).
 _SMALL_MODEL = 64 << 20
 _POISON = 0xFF
+_LAUNCH_BYTES = 16  # function and arguments
 # The process's own table, as dlopen's is: a library once loaded stays, and keeps its descriptor.
 _libraries: dict[str, ctypes.CDLL] = {}
 
@@ -37,6 +38,12 @@ class NativeCall:
 
     launches: Int64s
     arguments: Int64s
+    address: int
+    """Of the first launch: numpy takes longer to say it than a small launch runs."""
+
+    def at(self, launch: int) -> int:
+        """The address of a launch of the region."""
+        return self.address + launch * _LAUNCH_BYTES
 
 
 class Executor(Backend):
@@ -116,13 +123,12 @@ class Executor(Backend):
                 continue
             if not isinstance(call, NativeCall):
                 calls = call[start - begin : end - begin]
-                times = None if seconds is None else seconds[start:end]
-                self._aten.run(calls, self.threads, times)
+                self._aten.run(calls, self.threads, None if seconds is None else seconds[start:end])
             elif seconds is None:
-                self._run(call.launches[start - begin :].ctypes.data, end - start)
+                self._run(call.at(start - begin), end - start)
             else:
-                address = seconds[start:end].ctypes.data
-                self._run_timed(call.launches[start - begin :].ctypes.data, end - start, address)
+                times = seconds.ctypes.data + start * seconds.itemsize
+                self._run_timed(call.at(start - begin), end - start, times)
 
     def repeat(self, binding: Binding, turns: int) -> Turns:
         done = binding.values(self.plan.outputs["done"])
@@ -192,7 +198,7 @@ class _Template:
             arguments[index] = binding.address(buffer)
         addresses = np.array(self._starts, dtype=np.int64) * 8 + arguments.ctypes.data
         launches = np.ascontiguousarray(np.stack([self._functions, addresses], axis=1))
-        return NativeCall(launches, arguments)
+        return NativeCall(launches, arguments, launches.ctypes.data)
 
 
 def _import_aten(launch: Launch) -> Any:
