@@ -25,8 +25,8 @@ def mask_block(mask: Node, program: Program) -> int | None:
     The rule is read at the compiled maximum length, where every shorter length's mask must be its
     corner: all rows of it are compared, and those of every length in `probe_lengths`.  A mask that is
     full at the maximum is block-causal all the same where twice as many positions show it, so that a
-    short compile knows the model's blocks.  NEITHER where no rule can hold;
-    whether the rule does is what `first_departure` asks.
+    short compile knows the model's blocks.
+    NEITHER where no rule can hold; whether the rule does is what `first_departure` asks.
     """
     most = program.shape.positions
     block = _read(mask, program, most)

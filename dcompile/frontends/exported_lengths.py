@@ -83,7 +83,7 @@ def _range(program: ExportedProgram) -> list[str]:
 
 
 def _guards(program: ExportedProgram) -> list[str]:
-    """What was assumed besides; torch keeps it since 2.9, before that it had no such thing."""
+    """What was assumed besides; not every torch that we support keeps it."""
     return [str(text) for text in getattr(program, "_guards_code", None) or ()]
 
 
